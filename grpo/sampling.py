@@ -1,0 +1,142 @@
+"""Logits → tokens: temperature, top-k, top-p, min-p, and random numbers that are counted, not drawn.
+
+A generator that is drawn from gives other numbers when the batch changes. Here the uniform number
+of a token is a hash of where the token stands: (seed, step, prompt, sample, position). So a token's
+random number depends neither on the rows beside it, nor on the ranks, nor on the order of work.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Constants of SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators",
+# OOPSLA 2014), written as the signed integers that torch's int64 holds.
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from its logits. temperature 0 is greedy.
+
+    top_k 0, top_p 1 and min_p 0 switch their filters off. Filters are applied in the order
+    temperature, top-k, top-p, min-p, as in `transformers`.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature = {self.temperature}: must be at least 0 (0 is greedy)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k = {self.top_k}: must be at least 0 (0 switches it off)")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p}: must be above 0 and at most 1")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p = {self.min_p}: must be at least 0 and below 1")
+
+    @property
+    def filtered(self) -> bool:
+        """Whether sampling draws from something else than the softmax itself."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's `>>` on int64 would drag the sign along."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser: int64 → int64, each input bit spread over all output bits."""
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def random_key(*parts: int) -> int:
+    """Fold whole numbers, such as (seed, step, prompt, sample), into one int64 key.
+
+    The order matters: (1, 2) and (2, 1) give different keys.
+    """
+    key = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        key = _mix(key + _GOLDEN_GAMMA + _mix(torch.tensor(part)))
+    return int(key)
+
+
+def uniform(keys: Tensor, positions: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1), one for each (key, position). int64 [R], int64 [R] → float64 [R]."""
+    bits = _mix(keys + (positions + 1) * _GOLDEN_GAMMA)
+    return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
+
+
+def scale_logits(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature, in at least float32; as they are when greedy. [..., V] → [..., V].
+
+    Every log-prob of this project (recorded, old, reference, new) goes through this division.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature in (0, 1) else logits / temperature
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """All but the k highest logits → -inf. Ties with the k-th stay. [R, V] → [R, V]."""
+    threshold = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
+    return logits.masked_fill(logits < threshold, float("-inf"))
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the fewest tokens whose probabilities reach p together. [R, V] → [R, V].
+
+    A token stays when the probability of those before it, highest first, is still below p.
+    """
+    sorted_logits, order = logits.sort(descending=True)
+    probabilities = sorted_logits.softmax(-1)
+    drop = probabilities.cumsum(-1) - probabilities >= p
+    return logits.masked_fill(torch.empty_like(drop).scatter_(-1, order, drop), float("-inf"))
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the tokens at least p times as probable as the likeliest one. [R, V] → [R, V]."""
+    probabilities = logits.softmax(-1)
+    threshold = p * probabilities.amax(-1, keepdim=True)
+    return logits.masked_fill(probabilities < threshold, float("-inf"))
+
+
+def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Invert the distribution function: the first token whose running total exceeds u · total.
+
+    logits [R, V], -inf where filtered out; uniforms float64 [R]. Returns token ids [R].
+    The running total is in float64: in float32 the tail of a large vocabulary loses its share.
+    """
+    totals = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    target = uniforms[:, None] * totals[:, -1:]
+    return torch.searchsorted(totals, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+
+def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose one token per row.
+
+    logits [R, V] in any float type; uniforms float64 [R], unused when greedy.
+    Returns (token ids [R], log-probs [R]), the log-probs under the unfiltered softmax of
+    logits / temperature (temperature 1 when greedy).
+    """
+    scaled = scale_logits(logits, sampling.temperature)
+    if sampling.temperature == 0:
+        tokens = scaled.argmax(-1)
+    else:
+        filtered = scaled
+        if sampling.top_k:
+            filtered = keep_top_k(filtered, sampling.top_k)
+        if sampling.top_p < 1:
+            filtered = keep_top_p(filtered, sampling.top_p)
+        if sampling.min_p:
+            filtered = keep_min_p(filtered, sampling.min_p)
+        tokens = choose(filtered, uniforms)
+    chosen = scaled.gather(-1, tokens[:, None])[:, 0]
+    return tokens, chosen - scaled.logsumexp(-1)

@@ -1,0 +1,290 @@
+"""The shared prefix: the G completions of a group look back on one and the same prompt.
+
+`transformers` lets a function be registered that computes attention for any of its models. Ours
+serves the three ways in which this project calls a model:
+
+- **A packed row**, for scoring and the update: `[x | y1 | y2 | … | yG]` with a tree mask. A token
+  sees the prompt and its own branch up to itself; positions restart after the prompt at each
+  branch. The mask is an argument of the call, so that recomputation in the backward pass sees it.
+- **Generation**: a prompt is run once, its keys and values kept for all of its completions. Then
+  each new token attends to the shared prefix and to its own branch, under one softmax.
+- **Anything else** (`model.generate`, a padded batch) is handed to PyTorch's own attention.
+
+Models whose layers are not plain full attention are refused (`refuse_unsupported`): their
+sliding windows, soft caps or sinks would be left out without a word.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "shared_prefix"
+
+# attend(layer, query [B, H, T, D], key [B, K, T, D], value [B, K, T, D], mask, scaling) → [B, H, T, D]
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+
+
+class UnsupportedModel(ValueError):
+    """The model's attention is not plain full attention."""
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    attend: Attend | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered with `transformers`.
+
+    query [B, H, T, D], key and value [B, K, T, D] with K key-value heads. Returns [B, T, H, D].
+    `attend` comes with the model's call in generation; without it this is PyTorch's attention.
+    """
+    for feature in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(feature) is not None:
+            raise UnsupportedModel(f"{type(module).__name__} uses {feature}")
+    if attend is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    output = attend(module.layer_idx, query, key, value, attention_mask, scaling)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def use_shared_prefix(model: PreTrainedModel) -> None:
+    """Let `model` attend through this module from now on. Its other uses go on as before."""
+    if model.config._attn_implementation != NAME:
+        refuse_unsupported(model)
+        model.set_attn_implementation(NAME)
+
+
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel where the configuration names layers other than full attention."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UnsupportedModel(f"layers of the kinds {', '.join(sorted(kinds))}")
+    if model.get_output_embeddings() is None or model.get_output_embeddings().bias is not None:
+        raise UnsupportedModel("no language-model head, or one with a bias")
+
+
+# ---------------------------------------------------------------------------------------------
+# Packed rows
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PackedRow:
+    """Groups packed into one row of L tokens, N of which are completion tokens to be scored.
+
+    token_ids, position_ids: [1, L]; mask: bool [1, 1, L, L], True where a query sees a key;
+    predictors: [N], the place in the row whose output predicts a completion token;
+    targets: [N], that token; lengths: tokens of each completion, group by group.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    mask: Tensor
+    predictors: Tensor
+    targets: Tensor
+    lengths: list[int]
+
+
+def pack(
+    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device | str
+) -> PackedRow:
+    """Lay groups (prompt, completions) out as one row `[x | y1 | … | yG | x' | y1' | …]`.
+
+    The last token of a completion predicts nothing that is scored, so it is not in the row: a
+    completion of one token costs nothing beyond its prompt.
+    """
+    token_ids: list[int] = []
+    position_ids: list[int] = []
+    tree: list[int] = []  # which group a place belongs to
+    branch: list[int] = []  # 0 for the prompt, else which completion of the group
+    predictors: list[int] = []
+    targets: list[int] = []
+    for number, (prompt, completions) in enumerate(groups):
+        last_of_prompt = len(token_ids) + len(prompt) - 1
+        for which, tokens in enumerate([prompt, *(c[:-1] for c in completions)]):
+            start = 0 if which == 0 else len(prompt)
+            if which > 0:
+                first = len(token_ids)
+                predictors += [last_of_prompt, *range(first, first + len(tokens))]
+                targets += completions[which - 1]
+            token_ids += tokens
+            position_ids += range(start, start + len(tokens))
+            tree += [number] * len(tokens)
+            branch += [which] * len(tokens)
+
+    def row(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    return PackedRow(
+        token_ids=row(token_ids)[None],
+        position_ids=row(position_ids)[None],
+        mask=tree_mask(row(tree), row(branch))[None, None],
+        predictors=row(predictors),
+        targets=row(targets),
+        lengths=[len(c) for _, completions in groups for c in completions],
+    )
+
+
+def tree_mask(tree: Tensor, branch: Tensor) -> Tensor:
+    """Who sees whom in a packed row. tree, branch: [L] → bool [L, L] (query, key).
+
+    A token sees what stands before it (and itself) in its own group, if that belongs to the
+    prompt (branch 0) or to its own branch.
+    """
+    order = torch.arange(len(tree), device=tree.device)
+    not_after = order[:, None] >= order
+    same_tree = tree[:, None] == tree
+    same_branch = branch[:, None] == branch
+    return not_after & same_tree & (same_branch | (branch == 0))
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Layout:
+    """Which row decodes against which prompt, for R rows over S prompts (slots).
+
+    Rows of one prompt may stand anywhere in the batch. To multiply all of a prompt's queries with
+    its keys at once, they are gathered into W lanes per slot, where W is the largest number of
+    rows that any prompt has; spare lanes repeat row 0 and are never read back.
+
+    lane_of_row: [R], its place in [S · W]; row_of_lane: [S · W]; prompt_length: [R], in tokens.
+    slots, prefix_tokens: how many slots, and how many places of each, are in use.
+    """
+
+    lane_of_row: Tensor
+    row_of_lane: Tensor
+    prompt_length: Tensor
+    slots: int
+    prefix_tokens: int
+
+    def to_lanes(self, rows: Tensor) -> Tensor:
+        """[R, K, Q, X] → [S, K, W · Q, X]: the queries of each prompt side by side."""
+        _, heads, queries, size = rows.shape
+        lanes = rows[self.row_of_lane].view(self.slots, -1, heads, queries, size)
+        return lanes.transpose(1, 2).reshape(self.slots, heads, -1, size)
+
+    def to_rows(self, lanes: Tensor, queries: int) -> Tensor:
+        """[S, K, W · Q, X] → [R, K, Q, X]: back to the order of the rows."""
+        slots, heads, _, size = lanes.shape
+        by_lane = lanes.view(slots, heads, -1, queries, size).transpose(1, 2)
+        return by_lane.reshape(-1, heads, queries, size)[self.lane_of_row]
+
+
+class SharedPrefixCache:
+    """Keys and values during generation: one prefix per slot, one branch per row, for each layer.
+
+    Per layer: prefix keys and values [slots, K, prefix_tokens, D]; own keys and values
+    [rows, K, own_tokens, D]. Places not yet written hold zeros, never garbage: they are masked,
+    but zero weight times NaN would still be NaN.
+    """
+
+    def __init__(self, slots: int, prefix_tokens: int, rows: int, own_tokens: int) -> None:
+        self.prefix_shape = (slots, prefix_tokens)
+        self.own_shape = (rows, own_tokens)
+        self.prefix: list[tuple[Tensor, Tensor]] = []
+        self.own: list[tuple[Tensor, Tensor]] = []
+
+    def prefill(self, slot: int) -> Attend:
+        """The attention for running a prompt [1, P] into `slot`."""
+        return partial(self._attend_prompt, slot)
+
+    def decode(self, layout: Layout, own_length: Tensor, own_tokens: int) -> Attend:
+        """The attention for one more token in each row.
+
+        own_length [R]: tokens the branch holds already, which is where the new one goes;
+        own_tokens: how many places of the branches are looked at (all lengths are below it).
+        """
+        return partial(self._attend_branches, layout, own_length, own_tokens)
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Move the branches of the given rows [n] to the front, in that order."""
+        for keys, values in self.own:
+            keys[: len(rows)] = keys[rows]
+            values[: len(rows)] = values[rows]
+
+    def _attend_prompt(
+        self,
+        slot: int,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        if layer == len(self.prefix):
+            self._allocate(key)
+        for kept, new in zip(self.prefix[layer], (key, value), strict=True):
+            kept[slot, :, : new.shape[2]] = new[0]
+            kept[slot, :, new.shape[2] :] = 0
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+
+    def _allocate(self, like: Tensor) -> None:
+        """Room for one more layer, its heads and their size read off the first key seen."""
+        _, heads, _, size = like.shape
+        for store, (count, tokens) in ((self.prefix, self.prefix_shape), (self.own, self.own_shape)):
+            shape = (count, heads, tokens, size)
+            store.append((like.new_zeros(shape), like.new_zeros(shape)))
+
+    def _attend_branches(
+        self,
+        layout: Layout,
+        own_length: Tensor,
+        own_tokens: int,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        """softmax over [shared prefix | own branch], each multiplied where its keys lie.
+
+        mask: additive [R, 1, 1, prefix + own]. Grouped-query heads need no copied keys: the
+        H / K query heads of a key-value head are its Q queries.
+        """
+        rows, heads, _, size = query.shape
+        query = query.reshape(rows, key.shape[1], -1, size) * scaling  # [R, K, Q, D]
+        queries = query.shape[2]
+        prefix_keys, prefix_values = (
+            kept[: layout.slots, :, : layout.prefix_tokens] for kept in self.prefix[layer]
+        )
+        each = torch.arange(rows, device=query.device)
+        for kept, new in zip(self.own[layer], (key, value), strict=True):
+            kept[each, :, own_length] = new[:, :, 0]
+        own_keys, own_values = (kept[:rows, :, :own_tokens] for kept in self.own[layer])
+
+        prefix_scores = layout.to_lanes(query) @ prefix_keys.transpose(-1, -2)
+        own_scores = query @ own_keys.transpose(-1, -2)
+        scores = torch.cat([layout.to_rows(prefix_scores, queries), own_scores], -1) + mask
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        over_prefix, over_own = weights.to(value.dtype).split([layout.prefix_tokens, own_tokens], -1)
+        output = layout.to_rows(layout.to_lanes(over_prefix) @ prefix_values, queries)
+        return (output + over_own @ own_values).reshape(rows, heads, 1, size)
