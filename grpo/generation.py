@@ -17,7 +17,7 @@ from grpo.rollout import Completion
 from grpo.sampling import Sampling, random_key, sample, uniform
 from grpo.shared_prefix import Layout, SharedPrefixCache, use_shared_prefix
 
-# Looking at the finished rows makes the host wait for the device; not looking lets ended rows run on.
+# To look at the rows makes the host wait for the device; not to look lets ended rows run on.
 STEPS_BETWEEN_LOOKS = 8
 
 OnFinish = Callable[[int, int, Completion], None]
@@ -109,7 +109,7 @@ def _limits(
         limits = [list(row) for row in max_new_tokens]
         if len(limits) != prompts or any(len(row) != group_size for row in limits):
             raise ValueError(
-                f"max_new_tokens must be one number or {prompts} lists of {group_size}, one a sample"
+                f"max_new_tokens must be one number, or {prompts} lists of {group_size} numbers"
             )
     if any(limit < 1 for row in limits for limit in row):
         raise ValueError("max_new_tokens must be at least 1")

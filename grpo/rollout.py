@@ -9,13 +9,26 @@ from typing import Any, Literal
 FinishReason = Literal["stop", "length"]
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What the policy is asked: its text and tokens, and the record that the reward is given.
+
+    `prompt_id` names it for good (its place in the data), and with it its random numbers.
+    """
+
+    prompt_id: int
+    text: str
+    token_ids: list[int]
+    record: dict[str, Any]
+
+
 @dataclass
 class Completion:
     """One sampled answer.
 
     `logprobs[t]` is log p(token_ids[t]) under softmax(logits / temperature), unfiltered, as the
-    generation copy saw it. The stop token that ended the completion is part of it; nothing after is.
-    `text`, `reward`, `details` and `advantage` are filled in as the step goes on.
+    generation copy saw it. The stop token that ended the completion is part of it, nothing after
+    it is. `text`, `reward`, `details` and `advantage` are filled in as the step goes on.
     """
 
     token_ids: list[int]
@@ -29,15 +42,9 @@ class Completion:
 
 @dataclass
 class Group:
-    """A prompt and its G completions: the unit of work from generation to the update.
+    """A prompt and its G completions: the unit of work from generation to the update."""
 
-    `prompt_id` names the prompt for good (its place in the data), and with it its random numbers.
-    `record` holds the columns that the reward function is given.
-    """
-
-    prompt_id: int
-    prompt_token_ids: list[int]
-    record: dict[str, Any]
+    prompt: Prompt
     completions: list[Completion]
 
     @property
@@ -54,7 +61,7 @@ class Group:
         """The group that `to_json` wrote; keys it does not know are left out."""
         data = json.loads(line)
         completions = [Completion(**completion) for completion in data["completions"]]
-        return cls(data["prompt_id"], data["prompt_token_ids"], data["record"], completions)
+        return cls(Prompt(**data["prompt"]), completions)
 
 
 def write_groups(path: Path, step: int, groups: Iterable[Group]) -> None:

@@ -1,4 +1,4 @@
-"""Logits → tokens: temperature, top-k, top-p, min-p, and random numbers that are counted, not drawn.
+"""Logits → tokens: temperature, top-k, top-p, min-p, and counter-based random numbers.
 
 A generator that is drawn from gives other numbers when the batch changes. Here the uniform number
 of a token is a hash of where the token stands: (seed, step, prompt, sample, position). So a token's
@@ -70,7 +70,7 @@ def random_key(*parts: int) -> int:
 
 
 def uniform(keys: Tensor, positions: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1), one for each (key, position). int64 [R], int64 [R] → float64 [R]."""
+    """Uniform numbers in [0, 1), one for each (key, position). int64 [R] both → float64 [R]."""
     bits = _mix(keys + (positions + 1) * _GOLDEN_GAMMA)
     return _shift_right(bits, 11).to(torch.float64) * 2.0**-53
 

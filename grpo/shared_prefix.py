@@ -28,7 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "shared_prefix"
 
-# attend(layer, query [B, H, T, D], key [B, K, T, D], value [B, K, T, D], mask, scaling) → [B, H, T, D]
+# attend(layer, query [B, H, T, D], key and value [B, K, T, D], mask, scaling) → [B, H, T, D]
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
@@ -249,7 +249,10 @@ class SharedPrefixCache:
     def _allocate(self, like: Tensor) -> None:
         """Room for one more layer, its heads and their size read off the first key seen."""
         _, heads, _, size = like.shape
-        for store, (count, tokens) in ((self.prefix, self.prefix_shape), (self.own, self.own_shape)):
+        for store, (count, tokens) in (
+            (self.prefix, self.prefix_shape),
+            (self.own, self.own_shape),
+        ):
             shape = (count, heads, tokens, size)
             store.append((like.new_zeros(shape), like.new_zeros(shape)))
 
@@ -285,6 +288,8 @@ class SharedPrefixCache:
         own_scores = query @ own_keys.transpose(-1, -2)
         scores = torch.cat([layout.to_rows(prefix_scores, queries), own_scores], -1) + mask
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        over_prefix, over_own = weights.to(value.dtype).split([layout.prefix_tokens, own_tokens], -1)
+        over_prefix, over_own = weights.to(value.dtype).split(
+            [layout.prefix_tokens, own_tokens], -1
+        )
         output = layout.to_rows(layout.to_lanes(over_prefix) @ prefix_values, queries)
         return (output + over_own @ own_values).reshape(rows, heads, 1, size)

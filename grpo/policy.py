@@ -1,0 +1,120 @@
+"""Loading a policy: a causal language model, its tokenizer, and the tokens that end a turn."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from grpo.config_loader import ConfigError
+from grpo.logprobs import completion_logprobs
+from grpo.shared_prefix import UnsupportedModel
+
+# Largest difference of a log-prob, packed against separate, that rounding in float32 explains.
+PACKING_TOLERANCE = 1e-3
+
+
+@dataclass
+class Policy:
+    """A model in float32, not yet sharded, and what belongs to it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: list[int]
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a policy by hub name or folder. Raises ConfigError."""
+    context_length(name)  # finds out fast whether there is such a model at all
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _not_found(name, error) from error
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"policy.model = {name}: its tokenizer has no chat template; use an instruction-tuned "
+            "model, or add a chat_template to its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def context_length(name: str) -> int | None:
+    """The most tokens that the model's positions reach to, where its configuration says so."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _not_found(name, error) from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_policy(name: str, device: torch.device) -> Policy:
+    """Load a causal language model in float32 and check that a packed row is right for it.
+
+    name: a hub name or a folder. Raises ConfigError, in one line, for a model that cannot be found
+    or whose attention the shared prefix would compute wrongly.
+    """
+    tokenizer = load_tokenizer(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise _not_found(name, error) from error
+    model.to(device).eval()
+    try:
+        check_packing(model)
+    except UnsupportedModel as error:
+        raise ConfigError(
+            f"policy.model = {name}: {error}; only models whose layers are all full attention "
+            "(Llama, Qwen2, Qwen3, Mistral without a window, …) can share a prefix"
+        ) from error
+    return Policy(model, tokenizer, stop_ids(model, tokenizer))
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a turn: all that the generation config lists, and the tokenizer's."""
+    listed = model.generation_config.eos_token_id
+    ids = listed if isinstance(listed, list) else [listed]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Compare a packed row with separate rows under the model's own attention.
+
+    Three tiny completions of different lengths, one of them a single token. Raises
+    UnsupportedModel where a log-prob differs by more than rounding; from then on the model
+    attends through shared_prefix.
+    """
+    generator = torch.Generator().manual_seed(0)
+    prompt, *completions = (
+        torch.randint(model.config.get_text_config().vocab_size, (n,), generator=generator).tolist()
+        for n in (5, 4, 1, 6)
+    )
+    with torch.no_grad():
+        separate = [_separate_logprobs(model, prompt, completion) for completion in completions]
+        try:
+            packed = completion_logprobs(model, prompt, completions)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UnsupportedModel(f"attention cannot be replaced ({error})") from error
+    worst = max(float((a - b).abs().max()) for a, b in zip(packed, separate, strict=True))
+    if not worst <= PACKING_TOLERANCE:
+        raise UnsupportedModel(f"a packed row gives log-probs that differ by {worst:.2g}")
+
+
+def _separate_logprobs(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> Tensor:
+    ids = torch.tensor([prompt + completion], device=model.device)
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
+
+
+def _not_found(name: str, error: Exception) -> ConfigError:
+    logging.getLogger(__name__).debug("loading %s failed", name, exc_info=error)
+    return ConfigError(
+        f"policy.model = {name}: no such folder, and the hub does not know it or cannot be "
+        "reached; give the folder of a saved causal language model or a hub name"
+    )

@@ -1,0 +1,297 @@
+"""Supervised fine-tuning on demonstrations: teaches a policy the form before GRPO teaches the rest.
+
+A policy that never writes "# Analysis / # Response" gets the lowest reward for everything, so its
+groups have no spread, so its advantages are zero, and nothing is learned. A few hundred updates on
+demonstrations (`data.demonstrations`: generated anew, of uneven quality) change that.
+
+    python warm_start.py --model HuggingFaceTB/SmolLM2-135M-Instruct --out smollm2-warm
+    python warm_start.py --embedded --out data/embedded_policy      # the tiny policy, from nothing
+
+One loss, cross-entropy on completion tokens and on the stop token after them:
+
+    loss = − Σ log p(token | prompt, tokens before) / number of completion tokens in the batch
+
+Demonstrations of one record share their prompt, as in GRPO's own update (grpo.shared_prefix), so
+the prompt is computed once for all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from data import SeekerRecord, load_records
+from data.demonstrations import demonstrate, mix_records
+from data.tiny_policy import new_policy, train_tokenizer
+from grpo.shared_prefix import pack, use_shared_prefix
+from perm_reward import Seeker, policy_messages
+from perm_reward.completion import parse_completion
+
+# A prompt's token ids and those of each of its demonstrations, with their stop token.
+Group = tuple[list[int], list[list[int]]]
+
+
+def messages_for(record: SeekerRecord) -> list[dict[str, str]]:
+    """The policy's chat prompt, the same as in training by reward."""
+    return policy_messages(
+        Seeker(persona=record.persona, scenario=record.scenario, query=record.query)
+    )
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, record: SeekerRecord) -> list[int]:
+    """Token ids of the record's prompt, up to where the assistant begins to write."""
+    return tokenizer.apply_chat_template(
+        messages_for(record), add_generation_prompt=True, return_dict=False
+    )
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a completion and of the stop token, which is learned like any other."""
+    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def demonstration_groups(
+    records: list[SeekerRecord],
+    tokenizer: PreTrainedTokenizerBase,
+    group_size: int,
+    seed: int,
+) -> Iterator[Group]:
+    """Groups without end: each record once, in random order, then again with new demonstrations."""
+    generator = random.Random(seed)
+    first_sample = 0
+    while True:
+        for record in generator.sample(records, len(records)):
+            completions = [
+                encode_completion(tokenizer, demonstrate(record, seed=seed, sample=sample))
+                for sample in range(first_sample, first_sample + group_size)
+            ]
+            yield encode_prompt(tokenizer, record), completions
+        first_sample += group_size
+
+
+def completion_loss(model: PreTrainedModel, group: Group) -> torch.Tensor:
+    """The summed cross-entropy of one group's completion tokens: a scalar, in float32."""
+    prompt, completions = group
+    row = pack([(prompt, completions)], model.device)
+    hidden = model.base_model(
+        input_ids=row.token_ids,
+        position_ids=row.position_ids,
+        attention_mask=row.mask,
+        use_cache=False,
+    ).last_hidden_state[0, row.predictors]  # [N, hidden], one for each completion token
+    logits = model.get_output_embeddings()(hidden)  # [N, vocabulary]
+    return F.cross_entropy(logits.float(), row.targets, reduction="sum")
+
+
+def train(
+    model: PreTrainedModel,
+    groups: Iterator[Group],
+    *,
+    steps: int,
+    groups_per_step: int,
+    learning_rate: float,
+    compute_dtype: torch.dtype,
+) -> list[float]:
+    """AdamW for `steps` updates: warm-up over a tenth of them, then linear decay to zero.
+
+    Returns the loss per token of each update, in nats.
+    """
+    use_shared_prefix(model)
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01
+    )
+    warm_up = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+    )
+    losses = []
+    progress = tqdm(range(steps), desc="warm start", unit="update")
+    for _ in progress:
+        batch = [next(groups) for _ in range(groups_per_step)]
+        token_count = sum(len(tokens) for _, completions in batch for tokens in completions)
+        batch_loss = 0.0
+        for group in batch:
+            with torch.autocast(
+                model.device.type, compute_dtype, enabled=compute_dtype != torch.float32
+            ):
+                loss = completion_loss(model, group) / token_count
+            loss.backward()
+            batch_loss += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(batch_loss)
+        progress.set_postfix(loss=f"{batch_loss:.3f}")
+    return losses
+
+
+@torch.no_grad()
+def sample_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    record: SeekerRecord,
+    count: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """`count` completions of one record's prompt, sampled at temperature 1 without any filter."""
+    prompt = torch.tensor([encode_prompt(tokenizer, record)], device=model.device)
+    tokens = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        num_return_sequences=count,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+    )
+    return tokenizer.batch_decode(tokens[:, prompt.shape[1] :], skip_special_tokens=True)
+
+
+def share_well_formed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: list[SeekerRecord],
+    *,
+    samples_per_record: int,
+    max_new_tokens: int,
+    compute_dtype: torch.dtype,
+    seed: int,
+) -> float:
+    """How many of the samples on `records` are in the required form, from 0 to 1."""
+    torch.manual_seed(seed)
+    generator = copy.deepcopy(model).to(compute_dtype).eval()
+    well_formed = []
+    for record in records:
+        completions = sample_completions(
+            generator, tokenizer, record, samples_per_record, max_new_tokens
+        )
+        well_formed += [parse_completion(text).well_formed for text in completions]
+    return sum(well_formed) / len(well_formed)
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion: the tokenizer's, and those the model came with."""
+    declared = model.generation_config.eos_token_id
+    declared = declared if isinstance(declared, list) else [declared]
+    return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *declared] if i is not None))
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Write weights in `dtype`, tokenizer and generation settings in the Hugging Face format."""
+    model.generation_config.eos_token_id = stop_ids(model, tokenizer)
+    model.to(dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def embedded_start(
+    records: list[SeekerRecord], seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The tiny policy with random weights, and its tokenizer trained on all it will ever read."""
+    texts = [message["content"] for record in records for message in messages_for(record)]
+    texts += [demonstrate(record, seed=seed, sample=k) for record in records for k in range(8)]
+    tokenizer = train_tokenizer(texts)
+    return new_policy(tokenizer, seed), tokenizer
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line; `--embedded` has its own defaults, for weights that start at random."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--model", help="hub name or folder of the policy to warm-start")
+    start.add_argument("--embedded", action="store_true", help="train the tiny policy anew")
+    parser.add_argument("--out", type=Path, required=True, help="folder to save into")
+    parser.add_argument("--records", default="bundled", help="bundled, or a file in PERM's format")
+    parser.add_argument("--steps", type=int, help="updates (100; embedded: 2000)")
+    parser.add_argument("--batch-size", type=int, default=8, help="demonstrations per update")
+    parser.add_argument("--group-size", type=int, default=4, help="of which share one prompt")
+    parser.add_argument("--learning-rate", type=float, help="peak (1e-4; embedded: 3e-3)")
+    parser.add_argument("--mixed-records", type=int, help="(0; embedded: 4000)")
+    parser.add_argument("--compute-dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--samples", type=int, default=64, help="completions to judge the form by")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of those")
+    parser.add_argument("--seed", type=int, default=0)
+    settings = parser.parse_args(arguments)
+    for name, usual, embedded in (
+        ("steps", 100, 2000),
+        ("learning_rate", 1e-4, 3e-3),
+        ("mixed_records", 0, 4000),
+    ):
+        if getattr(settings, name) is None:
+            setattr(settings, name, embedded if settings.embedded else usual)
+    if settings.batch_size % settings.group_size:
+        parser.error(
+            f"--batch-size {settings.batch_size} is not a multiple of --group-size "
+            f"{settings.group_size}: choose one that is"
+        )
+    return settings
+
+
+def main(arguments: list[str]) -> None:
+    """Load or build the policy, measure, train, measure again, save."""
+    settings = parse_arguments(arguments)
+    records = load_records(settings.records)
+    if settings.embedded:
+        model, tokenizer = embedded_start(records, settings.seed)
+        saved_dtype = torch.bfloat16
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(settings.model)
+        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto")
+        saved_dtype = model.dtype
+    model.to(settings.device, torch.float32)
+    compute_dtype = getattr(torch, settings.compute_dtype)
+
+    def measure(when: str) -> None:
+        held_out = load_records("bundled-heldout")[: settings.samples // 4]
+        share = share_well_formed(
+            model,
+            tokenizer,
+            held_out,
+            samples_per_record=4,
+            max_new_tokens=settings.max_new_tokens,
+            compute_dtype=compute_dtype,
+            seed=settings.seed,
+        )
+        print(f"{when}: {share:.0%} of {4 * len(held_out)} held-out samples are in the form")
+
+    measure("before")
+    records = records + mix_records(records, settings.mixed_records, settings.seed)
+    groups = demonstration_groups(records, tokenizer, settings.group_size, settings.seed)
+    train(
+        model,
+        groups,
+        steps=settings.steps,
+        groups_per_step=settings.batch_size // settings.group_size,
+        learning_rate=settings.learning_rate,
+        compute_dtype=compute_dtype,
+    )
+    measure("after")
+    save(model, tokenizer, settings.out, saved_dtype)
+    print(f"saved to {settings.out}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
