@@ -202,7 +202,7 @@ def prompts_of_step(prompts: Sequence[Prompt], step: int, config: RunConfig) -> 
     """
     size = config.grpo.prompts_per_step
     epoch, place = divmod(step, len(prompts) // size)
-    order = random.Random(random_key(config.seed, epoch)).sample(range(len(prompts)), len(prompts))
+    order = random.Random(int(random_key(config.seed, epoch))).sample(range(len(prompts)), len(prompts))
     return [prompts[i] for i in order[place * size : (place + 1) * size]]
 
 

@@ -82,11 +82,10 @@ def generate_groups(
             while waiting or batch.live:
                 while waiting and batch.has_room(len(waiting[0])):
                     branches = waiting.popleft()
-                    keys = [
-                        random_key(seed, step, prompt_ids[branch.prompt], branch.sample)
-                        for branch in branches
-                    ]
-                    batch.admit(branches, prompts[branches[0].prompt], keys)
+                    prompt = branches[0].prompt
+                    samples = torch.tensor([branch.sample for branch in branches])
+                    keys = random_key(seed, step, prompt_ids[prompt], samples)
+                    batch.admit(branches, prompts[prompt], keys)
                 batch.arrange()
                 for _ in range(batch.steps_until_look(STEPS_BETWEEN_LOOKS)):
                     batch.step()
@@ -182,7 +181,7 @@ class Batch:
         taken = {self.slot_of_row[row] for row in self.live}
         return next((s for s in range(len(self.prompt_length_of_slot)) if s not in taken), None)
 
-    def admit(self, branches: Sequence[Branch], prompt: Sequence[int], keys: Sequence[int]) -> None:
+    def admit(self, branches: Sequence[Branch], prompt: Sequence[int], keys: Tensor) -> None:
         """Run a prompt into a free slot and sample the first token of each of its branches."""
         slot = self._free_slot()
         device = self.tokens.device
@@ -200,7 +199,7 @@ class Batch:
             self.slot_of_row[row] = slot
             self.length_of_row[row] = 0
         rows = torch.tensor(chosen, device=device)
-        self.keys[rows] = torch.tensor(keys, device=device)
+        self.keys[rows] = keys.to(device)
         self.length[rows] = 0
         self.stopped_at[rows] = self.tokens.shape[1]
         self._append(rows, self.head(hidden).expand(len(chosen), -1))

@@ -133,7 +133,8 @@ def policy_loss(
         else:
             stats[name] = token_mean(values, mask, token_count)
     stats["loss"] = loss
-    return loss, {name: value.detach() for name, value in stats.items()}
+    # Copies: two names for one tensor would be summed over ranks twice by an in-place all-reduce.
+    return loss, {name: value.detach().clone() for name, value in stats.items()}
 
 
 # --- ratio ---------------------------------------------------------------------------------------

@@ -58,15 +58,16 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def random_key(*parts: int) -> int:
-    """Fold whole numbers, such as (seed, step, prompt, sample), into one int64 key.
+def random_key(*parts: int | Tensor) -> Tensor:
+    """Fold whole numbers, such as (seed, step, prompt, sample), into one key.
 
-    The order matters: (1, 2) and (2, 1) give different keys.
+    The order matters: (1, 2) and (2, 1) give different keys. Parts may be int64 tensors whose
+    shapes broadcast; so does the key, int64 on the host.
     """
     key = torch.zeros((), dtype=torch.int64)
     for part in parts:
-        key = _mix(key + _GOLDEN_GAMMA + _mix(torch.tensor(part)))
-    return int(key)
+        key = _mix(key + _GOLDEN_GAMMA + _mix(torch.as_tensor(part, dtype=torch.int64)))
+    return key
 
 
 def uniform(keys: Tensor, positions: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.policy, self.config.train)
         if self.config.train.gradient_checkpointing:
-            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(self.policy)
         self.policy.train()
         self.generator = self.policy.full_copy()
 
@@ -271,6 +271,13 @@ def set_advantages(groups: Sequence[Group], scale: str) -> None:
     for group, values in zip(groups, advantages, strict=True):
         for completion, advantage in zip(group.completions, values, strict=True):
             completion.advantage = advantage
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute each layer's activations in the backward pass."""
+    # transformers 5.17 knows only the old name, which later ones warn of.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:

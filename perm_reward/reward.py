@@ -1,6 +1,7 @@
 """Many completions → rewards, with all judges' calls in flight at once."""
 
 import asyncio
+import atexit
 import contextlib
 import threading
 from collections import Counter
@@ -19,7 +20,7 @@ from perm_reward.verdict import Verdict
 
 _SEEKER_COLUMNS = ("persona", "scenario", "query")
 _PAPER_FIGURES = RewardConfig()
-_CLOSE_SECONDS = 10.0
+_CLOSE_SECONDS = 5.0
 
 ChatMessages = Sequence[Mapping[str, Any]]
 
@@ -53,7 +54,7 @@ class PermReward:
         self.config = config
         self.tokenizer = tokenizer
         self._label = judge.label
-        self._background = _BackgroundLoop()
+        self._background = _BackgroundLoop(last=judge.close)
         self._causes: Counter[str] = Counter()
         self._causes_lock = threading.Lock()
 
@@ -123,7 +124,7 @@ class PermReward:
 
     def close(self) -> None:
         """End the loop and close the judge. What is still in flight gets None, with the cause."""
-        self._background.close(self.judge.close)
+        self._background.close()
 
     def __enter__(self) -> "PermReward":
         return self
@@ -198,7 +199,8 @@ class PermReward:
         with self._causes_lock:
             self._causes.update(details["causes"])
         future.details = details
-        future.set_result(details["reward"] and details["reward"]["total"])
+        breakdown = details["reward"]
+        future.set_result(None if breakdown is None else breakdown["total"])
 
     def _count_tokens(self, text: str, completion_ids: Sequence[int] | None) -> int:
         if completion_ids is not None:
@@ -219,9 +221,14 @@ def completion_text(completion: str | ChatMessages) -> str:
 
 
 class _BackgroundLoop:
-    """One event loop in one daemon thread, started when it is first needed."""
+    """One event loop in one daemon thread, started when it is first needed.
 
-    def __init__(self) -> None:
+    Args:
+        last: runs on the loop when it closes, after everything else.
+    """
+
+    def __init__(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._last = last
         self._lock = threading.Lock()
         self._closed = False
 
@@ -233,18 +240,19 @@ class _BackgroundLoop:
                 raise RuntimeError("this PermReward is closed")
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Cancel what still runs, run `last` on the loop, then end the thread."""
+    def close(self) -> None:
+        """Cancel what still runs, then end the thread. Waits a few seconds at most."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        ending = asyncio.run_coroutine_threadsafe(self._end(last), self._loop)
+        ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         # A judge that cannot close, or that blocks the loop, must not keep the program from ending.
         with contextlib.suppress(Exception):
-            ending.result(_CLOSE_SECONDS)
+            ending.result(2 * _CLOSE_SECONDS)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_CLOSE_SECONDS)
+        atexit.unregister(self.close)
 
     @cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:
@@ -253,6 +261,8 @@ class _BackgroundLoop:
             target=self._run, args=(loop,), name="perm-reward", daemon=True
         )
         self._thread.start()
+        # A program that just ends would leave calls half-way, of which asyncio complains on stderr.
+        atexit.register(self.close)
         return loop
 
     @staticmethod
@@ -260,10 +270,10 @@ class _BackgroundLoop:
         loop.run_forever()
         loop.close()
 
-    @staticmethod
-    async def _end(last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _end(self) -> None:
         running = asyncio.all_tasks() - {asyncio.current_task()}
         for task in running:
             task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
-        await last()
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            await asyncio.gather(*running, return_exceptions=True)
+            await self._last()

@@ -4,9 +4,11 @@ import asyncio
 import json
 import os
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 import openai
+from openai.types.chat.chat_completion import Choice
 
 from perm_reward.judges import JudgeConfig
 from perm_reward.prompts import Messages, Seeker, judge_messages
@@ -31,11 +33,19 @@ class OpenAIJudge:
         """Ask for one verdict. Failures: "timeout", "connection", "http 500", "unparsable"…"""
         messages = judge_messages(role, seeker, judged_text)
         try:
-            reply = await self._reply(messages)
+            choice = await self._ask(messages)
         except Exception as error:
             return Verdict(role, None, "", failure=_failure(error))
-        score = parse_bystander(reply) if role == "bystander" else parse_score(reply)
-        return Verdict(role, score, reply, failure="unparsable" if score is None else None)
+        reply = self._without_key(choice.message.content or "")
+        cut_off = choice.finish_reason == "length"
+        # The last word of a reply that was cut off may be half a number: "Total: 8" of "Total: 83".
+        last_word = max(reply.rfind(" "), reply.rfind("\n")) + 1
+        readable = reply[:last_word] if cut_off else reply
+        score = parse_bystander(readable) if role == "bystander" else parse_score(readable)
+        if score is not None:
+            return Verdict(role, score, reply)
+        unread = "unparsable" if reply.strip() else "empty reply"
+        return Verdict(role, None, reply, failure="cut off" if cut_off else unread)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -52,21 +62,20 @@ class OpenAIJudge:
             with openai.OpenAI(**self._connection, max_retries=1) as client:
                 request = self._request([{"role": "user", "content": "Reply with: Score: 3"}])
                 request["max_tokens"] = min(16, self.config.max_tokens)
-                completion = client.chat.completions.create(**request)
-            _content(completion)
+                _first_choice(client.chat.completions.create(**request))
         except Exception as error:
             # "from None": the error in between holds the request, and with it the key.
             raise ValueError(self._complaint(error)) from None
 
     # --- one call -------------------------------------------------------------------------------
 
-    async def _reply(self, messages: Messages) -> str:
+    async def _ask(self, messages: Messages) -> Choice:
         # The client's own time limit counts from byte to byte, so a reply that trickles in would
         # never end. Waiting for a slot is not counted: it is no fault of the endpoint's.
         whole_call = self.config.timeout_seconds * (self.config.max_retries + 1)
         async with self._slots, asyncio.timeout(whole_call):
             completion = await self._client.chat.completions.create(**self._request(messages))
-        return _content(completion)
+        return _first_choice(completion)
 
     def _request(self, messages: Messages) -> dict[str, Any]:
         return {
@@ -165,27 +174,30 @@ class OpenAIJudge:
         """The server's message in one short line, without the key."""
         body = error.body if isinstance(error.body, dict) else {}
         words = body.get("message") or body.get("detail") or ""
-        line = " ".join(str(words).split())
-        return line.replace(self._key, "***")[:200]
+        return self._without_key(" ".join(str(words).split()))[:200]
+
+    def _without_key(self, text: str) -> str:
+        """Servers may repeat what they were sent, and replies are written to files."""
+        return text.replace(self._key, "***")
 
 
 class _SettingError(ValueError):
     """A setting that no server needs to be asked about."""
 
 
-class _UnusableReply(ValueError):
-    """An answer that is no chat completion, or one without text."""
+class _MalformedReply(ValueError):
+    """An answer that is no chat completion."""
 
 
-def _content(completion: Any) -> str:
-    """The text of a chat completion, which may be anything: HTML, a list without choices…"""
+def _first_choice(completion: Any) -> Choice:
+    """The reply in a chat completion, which may be anything: the client does not look inside."""
     try:
-        content = completion.choices[0].message.content
+        choice = completion.choices[0]
+        if isinstance(choice.message.content, (str, NoneType)):
+            return choice
     except (AttributeError, IndexError, TypeError):
-        raise _UnusableReply("malformed reply") from None
-    if not isinstance(content, str) or not content.strip():
-        raise _UnusableReply("empty reply")
-    return content
+        pass
+    raise _MalformedReply
 
 
 def _failure(error: Exception) -> str:
@@ -196,8 +208,6 @@ def _failure(error: Exception) -> str:
         return "connection"
     if isinstance(error, openai.APIStatusError):
         return f"http {error.status_code}"
-    if isinstance(error, json.JSONDecodeError):
+    if isinstance(error, (json.JSONDecodeError, _MalformedReply)):
         return "malformed reply"
-    if isinstance(error, _UnusableReply):
-        return str(error)
     return type(error).__name__

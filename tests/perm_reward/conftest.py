@@ -9,7 +9,7 @@ import pytest
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
 
-def completion(text):
+def completion(text, finish_reason):
     """The body of a successful reply, as OpenAI writes it."""
     return {
         "id": "chatcmpl-1",
@@ -20,7 +20,7 @@ def completion(text):
             {
                 "index": 0,
                 "message": {"role": "assistant", "content": text},
-                "finish_reason": "stop",
+                "finish_reason": finish_reason,
             }
         ],
     }
@@ -52,8 +52,8 @@ class Exchange(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(payload)
 
-    def say(self, text):
-        self.send(200, completion(text))
+    def say(self, text, finish_reason="stop"):
+        self.send(200, completion(text, finish_reason))
 
     def fail(self, status, message, **error):
         # The header keeps the client's pause before a retry at a millisecond.
