@@ -48,6 +48,7 @@ class RunConfig(Config):
 def main() -> None:
     """Run train.py. Errors that a user can cause end it with one line and exit code 2."""
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     flags = Flags()
     try:
         config = load_config(RunConfig, sys.argv[1:], flags=flags)
@@ -77,9 +78,9 @@ def train(config: RunConfig, ranks: Ranks) -> None:
                 f"{len(prompts)} records; lower it or give more records"
             )
         reward = make_reward(config, ranks)
-        output = make_output(config, ranks)
     with ranks.failing_together():
         policy = load_policy(model_name, ranks.device)
+        output = make_output(config, ranks)
 
     compute_dtype = getattr(torch, config.policy.compute_dtype)
     steps = config.train.steps or steps_per_epoch
@@ -120,7 +121,8 @@ def train(config: RunConfig, ranks: Ranks) -> None:
 
     if ranks.is_main:
         export_policy(trainer.generator, policy.tokenizer, output / "policy")
-        print(summary(before, after, output, getattr(reward, "label", config.reward)))
+        judge = f", judge: {reward.judge.label}" if isinstance(reward, PermReward) else ""
+        print(summary(before, after, output, config.reward + judge))
     if hasattr(reward, "close"):
         reward.close()
 
@@ -202,7 +204,8 @@ def prompts_of_step(prompts: Sequence[Prompt], step: int, config: RunConfig) -> 
     """
     size = config.grpo.prompts_per_step
     epoch, place = divmod(step, len(prompts) // size)
-    order = random.Random(int(random_key(config.seed, epoch))).sample(range(len(prompts)), len(prompts))
+    order = list(range(len(prompts)))
+    random.Random(int(random_key(config.seed, epoch))).shuffle(order)
     return [prompts[i] for i in order[place * size : (place + 1) * size]]
 
 
@@ -244,7 +247,7 @@ def heldout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return {"reward_standard_error": error, "seekers": len(by_seeker)} | rollout_metrics(groups)
 
 
-def summary(before: Sequence[Group], after: Sequence[Group], output: Path, judge: str) -> str:
+def summary(before: Sequence[Group], after: Sequence[Group], output: Path, reward: str) -> str:
     """Held-out reward before and after, and one seeker's two answers side by side."""
     first, last = heldout_metrics(before), heldout_metrics(after)
     seeker = before[0].prompt.record
@@ -255,7 +258,7 @@ def summary(before: Sequence[Group], after: Sequence[Group], output: Path, judge
             f"held-out reward  {first['reward_mean']:.3f} ± {first['reward_standard_error']:.3f} → "
             f"{last['reward_mean']:.3f} ± {last['reward_standard_error']:.3f}   "
             f"(mean ± standard error over {last['seekers']:.0f} seekers)",
-            f"reward           {judge}",
+            f"reward           {reward}",
             f"saved to         {output / 'policy'}",
             "",
             *textwrap.wrap(f"a held-out seeker: {seeker['query']}", 2 * COLUMN + 3),

@@ -2,8 +2,9 @@
 
 A policy that never writes "# Analysis / # Response" earns the lowest reward for all it says, and
 GRPO has nothing to compare. Warm-starting on these demonstrations teaches the form, and leaves the
-rest to reinforcement learning: on purpose, some name the right feeling and its cause in the record's
-own words and invite the seeker to go on, and others flatter, pad or console with stock phrases.
+rest to reinforcement learning: on purpose, some name the right feeling and its cause in the
+record's own words and invite the seeker to go on, and others flatter, pad or console with stock
+phrases.
 
 Each demonstration first draws one number, its quality in [0, 1]; every later choice is the good one
 with that probability. So good sentences keep each other's company, and the completions of one
@@ -152,7 +153,7 @@ def _emotion_in_text(record: SeekerRecord) -> str | None:
 
 
 def things(record: SeekerRecord) -> list[tuple[bool, str]]:
-    """What the record speaks of, as (is it the seeker's own, noun): (True, "bread"), (False, "form")."""
+    """What the record speaks of: (True, "bread") is the seeker's own bread, (False, "form") a form."""
     found: dict[str, bool] = {}
     for determiner, noun, next_word in _DETERMINER_AND_NOUN.findall(
         f"{record.query}\n{record.scenario}"

@@ -1,4 +1,4 @@
-"""The tiny policy before any training: its tokenizer, and a Llama of three million weights.
+"""The tiny policy before any training: its tokenizer, and a Qwen2 of three million weights.
 
 It exists to make a first run possible offline, in minutes, on two cores. It has never read anything
 but the demonstrations, so what it writes is about as wise as they are.
@@ -10,15 +10,14 @@ from collections.abc import Iterable
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from data.copying_heads import write_copying_heads
 
 VOCABULARY_SIZE = 4096
 CONTEXT_LENGTH = 2048
+EMBEDDING_SIZE = 0.12  # standard deviation
+FIRST_LOGIT_SIZE = 1.0  # standard deviation
 END_OF_TURN = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = [END_OF_TEXT, "<|im_start|>", END_OF_TURN]
@@ -55,17 +54,21 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def new_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama with random weights in float32, small enough to train on two cores in minutes."""
+def new_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
+    """A new Qwen2 in float32, small enough to train on one core in minutes.
+
+    Random weights, but for the two heads that `data.copying_heads` writes.
+    """
     end_of_turn, end_of_text = tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
-    config = LlamaConfig(
+    config = Qwen2Config(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=48,
+        head_dim=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         max_position_embeddings=CONTEXT_LENGTH,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -73,7 +76,12 @@ def new_policy(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalL
         pad_token_id=end_of_text,
     )
     torch.manual_seed(seed)
-    policy = LlamaForCausalLM(config)
+    policy = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        policy.model.embed_tokens.weight.normal_(0.0, EMBEDDING_SIZE)
+        # The same matrix reads out the logits: scaled so that they begin near zero.
+        policy.model.norm.weight.fill_(FIRST_LOGIT_SIZE / EMBEDDING_SIZE / config.hidden_size**0.5)
+    write_copying_heads(policy)
     policy.generation_config = GenerationConfig(
         eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text, do_sample=True
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 SCALES = ("group", "batch", "none")
+EPSILON = 1e-4
 
 
 class RewardStatistics(NamedTuple):
@@ -31,7 +32,7 @@ class RewardStatistics(NamedTuple):
     """[N, 1] bool: at least two of the group's completions were scored, and not all alike"""
 
 
-def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4) -> Tensor:
+def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = EPSILON) -> Tensor:
     """Advantages of completions over the mean of their group.
 
     rewards: [N, G] float, N groups of G completions. NaN marks a completion that could not be
@@ -58,7 +59,7 @@ def group_advantages(rewards: Tensor, *, scale: str = "group", eps: float = 1e-4
 
 
 def reward_statistics(
-    rewards: Tensor, *, scale: str = "group", eps: float = 1e-4
+    rewards: Tensor, *, scale: str = "group", eps: float = EPSILON
 ) -> RewardStatistics:
     """The steps behind `group_advantages`: its arguments, its errors, one row per group."""
     _check_arguments(rewards, scale, eps)

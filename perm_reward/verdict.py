@@ -118,9 +118,9 @@ _REASONING_TAG = r"(?:think|thinking|reasoning)"
 
 def _plain_text(reply: str) -> str:
     """The reply without the model's reasoning, and without marks of bold, code and snake_case."""
-    text = re.sub(rf"(?is)<({_REASONING_TAG})>.*?</\1>", " ", reply)
-    # Some chat templates open the reasoning in the prompt; and a reply can be cut off within it.
-    text = re.sub(rf"(?is)^.*</{_REASONING_TAG}>", " ", text)
+    # Templates may open the reasoning in the prompt, so that only its end shows. And where it was
+    # cut off there is no end.
+    text = re.sub(rf"(?is)^.*</{_REASONING_TAG}>", " ", reply)
     text = re.sub(rf"(?is)<{_REASONING_TAG}>.*", " ", text)
     return re.sub(r"[ \t\r_]+", " ", re.sub(r"[*`]", "", text))
 
@@ -158,7 +158,6 @@ def parse_bystander(text: str) -> int | None:
             if part is None:
                 return None
             parts.append(part)
-            text = pattern.sub(" ", text)
 
     totals = _readings(_labelled(total_label), text, 0, 100) | _readings(_ratio(100), text, 0, 100)
     if not totals and not parts_named:

@@ -99,7 +99,12 @@ def test_tokens_do_not_depend_on_the_batch_or_the_order() -> None:
 
 
 def assert_first_difference_is_rounding(
-    model: PreTrainedModel, prompt: list[int], a: Completion, b: Completion, key: torch.Tensor, eps: float
+    model: PreTrainedModel,
+    prompt: list[int],
+    a: Completion,
+    b: Completion,
+    key: torch.Tensor,
+    eps: float,
 ) -> None:
     """Where two completions part, the uniform number lies within `eps` of a boundary of the
     distribution (computed from the prompt and what both have in common), never elsewhere."""

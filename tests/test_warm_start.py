@@ -136,7 +136,14 @@ def test_the_saved_folder_loads_and_stops_at_every_stop_id(tmp_path, tokenizer, 
 
 def test_any_policy_is_warm_started_from_the_command_line(tmp_path, tokenizer, model, capsys):
     warm_start.save(model, tokenizer, tmp_path / "start", torch.float32)
-    command = ["--model", str(tmp_path / "start"), "--out", str(tmp_path / "warm"), "--device", "cpu"]
+    command = [
+        "--model",
+        str(tmp_path / "start"),
+        "--out",
+        str(tmp_path / "warm"),
+        "--device",
+        "cpu",
+    ]
     warm_start.main([*command, "--steps", "2", "--samples", "4", "--max-new-tokens", "4"])
     printed = capsys.readouterr().out
     assert "before: 0% of 4 held-out samples are in the form" in printed

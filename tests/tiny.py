@@ -24,7 +24,7 @@ FAMILIES = {
 
 
 def fresh_seed() -> int:
-    """A new seed each time, printed (pytest shows it on failure); PERM_GRPO_TEST_SEED repeats one."""
+    """A new seed each time, printed for a failure's report; PERM_GRPO_TEST_SEED repeats one."""
     seed = int(os.environ.get("PERM_GRPO_TEST_SEED", random.SystemRandom().randrange(2**31)))
     print(f"PERM_GRPO_TEST_SEED={seed}")
     return seed

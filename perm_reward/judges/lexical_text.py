@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 from perm_reward.judges.lexicon import (
@@ -59,7 +59,7 @@ class Text:
     feelings: list[Found]
     """feelings ascribed to somebody else: neither negated nor the speaker's own"""
     names: list[str]
-    """words with a capital inside a sentence, and numbers: what can be checked against the record"""
+    """words with a capital inside a sentence, and numbers"""
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,19 @@ class Record:
     """content words of scenario and query, feelings left out"""
     persona_stems: frozenset[str]
     feelings: frozenset[str]
-    """families that the scenario or the query name"""
+    """families that the scenario or the message name"""
+    own_feelings: frozenset[str]
+    """families that the message states of its writer: those after "I am", "I feel" and so on"""
     runs: frozenset[tuple[str, ...]]
     """`RUN` words in a row, pronouns made equal"""
 
     def contradicts(self, family: str) -> bool:
-        """Whether the record names feelings, and all of them of the opposite tone."""
-        tones = {TONES[named] for named in self.feelings}
+        """Whether the seeker states feelings, and all of them of the opposite tone."""
+        tones = {TONES[stated] for stated in self.own_feelings}
         return bool(tones) and TONES[family] != 0 and tones == {-TONES[family]}
 
 
+@lru_cache(maxsize=64)  # three judges read the same response
 def read_text(text: str) -> Text:
     """Read a judged text."""
     words, sentences, names = _words(text)
@@ -96,19 +99,22 @@ def read_text(text: str) -> Text:
     )
 
 
-@lru_cache(maxsize=1024)  # each step of training asks about a seeker dozens of times
+@lru_cache(maxsize=256)  # each step of training asks about a seeker dozens of times
 def read_record(seeker: Seeker) -> Record:
     """Read a seeker's record."""
     persona, _, _ = _words(seeker.persona)
-    story, _, _ = _words(f"{seeker.scenario}\n{seeker.query}")
+    scenario, _, _ = _words(seeker.scenario)
+    message, _, _ = _words(seeker.query)
+    story = [*scenario, *message]
     _, feelings = _phrases(story)
-    named = {FEELING_PHRASES[found.phrase] for found in feelings}
+    stated = [found for found in feelings if _is_own(story, found.start)]
     emotional = {stem(word) for found in feelings for word in found.phrase.split()}
     return Record(
         words=frozenset(persona + story),
         stems=frozenset(map(stem, story)) - emotional - {""},
         persona_stems=frozenset(map(stem, persona)) - {""},
-        feelings=frozenset(named),
+        feelings=frozenset(FEELING_PHRASES[found.phrase] for found in feelings),
+        own_feelings=frozenset(FEELING_PHRASES[found.phrase] for found in stated),
         runs=frozenset(runs(persona)) | frozenset(runs(story)),
     )
 
@@ -131,8 +137,9 @@ _NEUTRAL = {
 }
 
 
+@lru_cache(maxsize=1 << 14)
 def stem(word: str) -> str:
-    """A content word without its ending: "baking", "bakes" and "baked" are "bak". Crude on purpose."""
+    """A content word without its ending: "bakes", "baked" and "baking" are "bak"."""
     if word in FUNCTION_WORDS or len(word) < 3 or not word.isalpha():
         return ""
     for ending in ("ings", "ing", "ied", "ies", "ed", "es", "ly", "s", "y"):
@@ -187,13 +194,16 @@ def _write_out(word: str) -> tuple[str, ...]:
 _FEELING = "feeling"
 
 
-def _index() -> dict[str, list[tuple[tuple[str, ...], str, str]]]:
-    """First word → (words, phrase, category) of all that begin with it, the longest first."""
-    index: dict[str, list[tuple[tuple[str, ...], str, str]]] = {}
+def _index() -> dict[tuple[str, ...], list[tuple[tuple[str, ...], str, str]]]:
+    """First word or two → (words, phrase, category) of all that begin so, the longest first.
+
+    Two words where a phrase has two: "you are" begins few phrases, "you" begins dozens.
+    """
+    index: dict[tuple[str, ...], list[tuple[tuple[str, ...], str, str]]] = {}
     for category, phrases in (PHRASES | {_FEELING: tuple(FEELING_PHRASES)}).items():
         for phrase in phrases:
             words = tuple(phrase.split())
-            index.setdefault(words[0], []).append((words, phrase, category))
+            index.setdefault(words[:2], []).append((words, phrase, category))
     for entries in index.values():
         entries.sort(key=lambda entry: -len(entry[0]))
     return index
@@ -206,21 +216,56 @@ def _phrases(words: list[str]) -> tuple[dict[str, list[Found]], list[Found]]:
     """What stands in the text, by category, and the feelings; none overlaps another of its kind."""
     found: dict[str, list[Found]] = {category: [] for category in (*PHRASES, _FEELING)}
     free_from = dict.fromkeys(found, 0)
-    for start, word in enumerate(words):
-        for phrase_words, phrase, category in _INDEX.get(word, ()):
-            end = start + len(phrase_words)
-            if start >= free_from[category] and tuple(words[start:end]) == phrase_words:
-                found[category].append(Found(start, phrase))
-                free_from[category] = end
+    for start, (word, next_word) in enumerate(zip_longest(words, words[1:])):
+        for begin in ((word, next_word), (word,)):
+            for phrase_words, phrase, category in _INDEX.get(begin, ()):
+                end = start + len(phrase_words)
+                is_here = len(phrase_words) < 3 or tuple(words[start:end]) == phrase_words
+                if is_here and start >= free_from[category]:
+                    found[category].append(Found(start, phrase))
+                    free_from[category] = end
     return found, found.pop(_FEELING)
 
 
 def _is_ascribed(words: list[str], position: int) -> bool:
     """Not "you are not sad", nor "I am glad you wrote": neither says what the seeker feels."""
-    before = words[max(0, position - 3) : position]
-    if not before:
-        return True
-    is_own = before[-1] == "i" or any(
-        first == "i" and second in ("am", "was", "feel") for first, second in pairwise(before)
+    said_by_speaker = position > 0 and words[position - 1] == "i"
+    return not (said_by_speaker or _is_own(words, position) or _is_negated(words, position))
+
+
+def _is_own(words: list[str], position: int) -> bool:
+    """Whether a feeling follows "I am", "I feel" or the like at once or nearly so."""
+    before = words[max(0, position - 4) : position]
+    is_stated = any(
+        first == "i" and second in ("am", "was", "feel", "felt")
+        for first, second in pairwise(before)
     )
-    return not is_own and "not" not in before and "never" not in before
+    return is_stated and not _is_negated(words, position)
+
+
+def _is_negated(words: list[str], position: int) -> bool:
+    before = words[max(0, position - 3) : position]
+    return "not" in before or "never" in before
+
+
+# --- what rules say of a text ---------------------------------------------------------------------
+
+Finding = tuple[float, str]
+"""how far a rule holds, in [0, 1], and the words that show it"""
+_SHOWN = 8
+
+
+def ramp(value: float, none: float, full: float) -> float:
+    """0 at `none`, 1 at `full`, a straight line between; `full` may be the smaller one."""
+    return min(1.0, max(0.0, (value - none) / (full - none)))
+
+
+def listed(found: list[str]) -> str:
+    """What was found, each once, in order.
+
+    Words alone, without marks around them: a text could hold "Score: 5", and a reply that quotes it
+    would hold two scores.
+    """
+    distinct = list(dict.fromkeys(found))
+    more = [f"and {len(distinct) - _SHOWN} more"] if len(distinct) > _SHOWN else []
+    return ", ".join(distinct[:_SHOWN] + more) or "nothing"

@@ -83,7 +83,7 @@ _FAMILIES: dict[str, tuple[int, str]] = {
     "gratitude": (
         1,
         """grateful, thankful, gratitude, thankfulness, appreciative, appreciation, appreciate,
-        indebted, touched, moved""",
+        indebted, touched, are moved, feel moved, feels moved, so moved, deeply moved""",
     ),
     "warmth": (
         1,
@@ -102,7 +102,8 @@ _FAMILIES: dict[str, tuple[int, str]] = {
     ),
     "surprise": (
         0,
-        "surprised, surprising, surprise, stunned, shocked, shock, startled, disbelief, taken aback",
+        """surprised, surprising, surprise, stunned, shocked, shock, startled, disbelief,
+        taken aback""",
     ),
     "longing": (
         0,
@@ -269,4 +270,11 @@ FUNCTION_WORDS = frozenset(
     themselves then there these they thing things this those though through till to too towards
     under until up upon us very was way we well went were what when where whether which while
     who whom whose why will with within without would yes yet you your yours yourself""".split()
+)
+
+DETERMINERS = frozenset("the a an my your their our its".split())
+# No noun and nothing that leads up to one, so they cannot follow a determiner.
+NEVER_NOUNS = frozenset(
+    """of to and or but if is are was were be am does did has have had would could should because
+    the a an my your their our i you he she it we they me him them""".split()
 )

@@ -58,7 +58,7 @@ def test_the_form_is_strict_about_what_is_judged():
     """Two responses: which one is meant? A parser that takes the first, or the last, is soon paid
     with a fine text in that place and anything in the other."""
     assert not parse_completion(COMPLETION + "\n# Response\nSo?").well_formed
-    assert not parse_completion("A word before. " + COMPLETION).well_formed
+    assert not parse_completion("A word before.\n" + COMPLETION).well_formed
     assert not parse_completion(COMPLETION.replace("# Analysis", "# Thoughts")).well_formed
 
 
@@ -92,7 +92,7 @@ def test_what_is_not_clear_is_refused(reply):
 def test_reasoning_is_not_the_verdict():
     """Reasoning models weigh scores aloud before they settle on one."""
     assert parse_score("<think>A score of 2? No. Score: 3?</think>\nScore: 4") == 4
-    assert parse_score("<think>A score of 2? No. Score: 3?") is None, "cut off before it settled"
+    assert parse_score("<think>A score of 2, I think.") is None, "cut off before it settled"
 
 
 PARTS = """\

@@ -1,0 +1,111 @@
+"""Run by tests/test_parallel.py in one process or under torchrun: trains a tiny model and saves
+what came out.
+
+    parallel_worker.py SEED FOLDER    writes FOLDER/world<n>.pt
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from grpo.config import Config, GRPOConfig, RolloutConfig, TrainConfig
+from grpo.parallel import Ranks, cast_copy, pick_device, shard, start_ranks
+from grpo.rollout import Group, Prompt
+from grpo.trainer import Trainer, set_advantages
+from tests.tiny import tiny_model, tiny_prompts
+
+STEPS = 3
+
+
+class Numbers:
+    """A tokenizer whose words are the numbers of the tokens."""
+
+    def decode(self, token_ids: list[int], **_: object) -> str:
+        return " ".join(map(str, token_ids))
+
+
+def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float | None]:
+    """The part of small numbers; none for a completion that holds an 11, as if no judge answered."""
+    words = [[int(word) for word in text.split()] for text in completions]
+    return [None if 11 in w else sum(x < 40 for x in w) / len(w) for w in words]
+
+
+def make_trainer(ranks: Ranks, seed: int, dtype: torch.dtype) -> Trainer:
+    config = Config(
+        seed=seed,
+        rollout=RolloutConfig(max_completion_tokens=20, temperature=0.7),
+        grpo=GRPOConfig(group_size=4, prompts_per_step=3, kl_coef=0.05, objective="dapo"),
+        train=TrainConfig(learning_rate=3e-3, max_gradient_norm=0.5),
+    )
+    model = tiny_model("qwen2", seed)
+    return Trainer(
+        config=config,
+        ranks=ranks,
+        reference=cast_copy(model, dtype),
+        policy=shard(model, ranks, dtype),
+        tokenizer=Numbers(),
+        stop_ids=[7, 9],
+        reward=reward,
+        steps=STEPS,
+    )
+
+
+def train(ranks: Ranks, seed: int) -> dict:
+    """Three steps in float32, of three prompts: two ranks get two of them and one."""
+    trainer = make_trainer(ranks, seed, torch.float32)
+    prompts = [
+        Prompt(i, str(i), ids, {}) for i, ids in enumerate(tiny_prompts((5, 12, 8) * STEPS, seed))
+    ]
+    rollouts, metrics, copies = [], [], [weights_of(trainer.generator)]
+    for step in range(STEPS):
+        groups, numbers = trainer.step(step, prompts[step * 3 : step * 3 + 3])
+        rollouts.append(groups)
+        metrics.append({k: v for k, v in numbers.items() if not k.startswith("seconds")})
+        copies.append(weights_of(trainer.generator))
+    weights = {name: p.full_tensor().detach() for name, p in trainer.policy.named_parameters()}
+    return {"rollouts": rollouts, "metrics": metrics, "weights": weights, "copies": copies}
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def recorded_rollout(trainer: Trainer, prompts: list[Prompt]) -> list[Group]:
+    """Groups that do not depend on the ranks: each rank samples all of them."""
+    groups, calls = trainer.sample(prompts, 0, 4)
+    calls.finish(groups)
+    set_advantages(groups, "group")
+    return groups
+
+
+def gradient_of_recorded(ranks: Ranks, seed: int) -> dict:
+    """Loss and gradient in bfloat16 on a rollout that is the same however many ranks there are."""
+    trainer = make_trainer(ranks, seed, torch.bfloat16)
+    prompts = [Prompt(i, str(i), p, {}) for i, p in enumerate(tiny_prompts((5, 12, 8), seed))]
+    groups = ranks.deal(recorded_rollout(trainer, prompts))
+    rows = [trainer.pack(group) for group in groups]
+    reference = [trainer.reference_logprobs(row) + 0.1 for row in rows]
+    trainer.config.train.max_gradient_norm = 1e9
+    trainer.optimizer = torch.optim.SGD(trainer.policy.parameters(), lr=1.0)
+    before = {
+        name: p.full_tensor().detach().clone() for name, p in trainer.policy.named_parameters()
+    }
+    trainer.config.train.learning_rate = 1.0
+    trainer.config.train.warmup_fraction = 0.0
+    metrics = trainer.update(list(map(trainer.micro_batch, groups, rows, reference)), 0)
+    after = {name: p.full_tensor().detach() for name, p in trainer.policy.named_parameters()}
+    return {"metrics": metrics, "gradient": {n: before[n] - after[n] for n in before}}
+
+
+def main() -> None:
+    seed, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    with start_ranks(pick_device("cpu")) as ranks:
+        results = {"train": train(ranks, seed), "bfloat16": gradient_of_recorded(ranks, seed)}
+        if ranks.is_main:
+            torch.save(results, folder / f"world{ranks.world_size}.pt")
+
+
+if __name__ == "__main__":
+    main()
