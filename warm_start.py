@@ -27,16 +27,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from data import SeekerRecord, load_records
+from data import RecordError, SeekerRecord, load_records
 from data.demonstrations import demonstrate, mix_records
 from data.tiny_policy import new_policy, train_tokenizer
+from grpo.config_loader import ConfigError
+from grpo.policy import Policy, load_policy, stop_ids
 from grpo.shared_prefix import pack, use_shared_prefix
 from perm_reward import Seeker, policy_messages
 from perm_reward.completion import parse_completion
@@ -52,21 +50,21 @@ def messages_for(record: SeekerRecord) -> list[dict[str, str]]:
     )
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, record: SeekerRecord) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, record: SeekerRecord) -> list[int]:
     """Token ids of the record's prompt, up to where the assistant begins to write."""
     return tokenizer.apply_chat_template(
         messages_for(record), add_generation_prompt=True, return_dict=False
     )
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_completion(tokenizer: Tokenizer, text: str) -> list[int]:
     """Token ids of a completion and of the stop token, which is learned like any other."""
     return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
 
 
 def demonstration_groups(
     records: list[SeekerRecord],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     group_size: int,
     seed: int,
 ) -> Iterator[Group]:
@@ -141,33 +139,8 @@ def train(
     return losses
 
 
-@torch.no_grad()
-def sample_completions(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    record: SeekerRecord,
-    count: int,
-    max_new_tokens: int,
-) -> list[str]:
-    """`count` completions of one record's prompt, sampled at temperature 1 without any filter."""
-    prompt = torch.tensor([encode_prompt(tokenizer, record)], device=model.device)
-    tokens = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        num_return_sequences=count,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-    )
-    return tokenizer.batch_decode(tokens[:, prompt.shape[1] :], skip_special_tokens=True)
-
-
 def share_well_formed(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    policy: Policy,
     records: list[SeekerRecord],
     *,
     samples_per_record: int,
@@ -175,45 +148,63 @@ def share_well_formed(
     compute_dtype: torch.dtype,
     seed: int,
 ) -> float:
-    """How many of the samples on `records` are in the required form, from 0 to 1."""
+    """How many samples on `records`, at temperature 1, are in the required form: from 0 to 1."""
     torch.manual_seed(seed)
-    generator = copy.deepcopy(model).to(compute_dtype).eval()
-    well_formed = []
+    # Sampled from a copy in the compute type, as in training by reward.
+    model = copy.deepcopy(policy.model).to(compute_dtype).eval()
+    texts = []
     for record in records:
-        completions = sample_completions(
-            generator, tokenizer, record, samples_per_record, max_new_tokens
+        prompt = torch.tensor([encode_prompt(policy.tokenizer, record)], device=model.device)
+        tokens = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=samples_per_record,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=policy.stop_ids,
+            pad_token_id=policy.tokenizer.eos_token_id,
         )
-        well_formed += [parse_completion(text).well_formed for text in completions]
-    return sum(well_formed) / len(well_formed)
+        completions = tokens[:, prompt.shape[1] :]
+        texts += policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return sum(parse_completion(text).well_formed for text in texts) / len(texts)
 
 
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: the tokenizer's, and those the model came with."""
-    declared = model.generation_config.eos_token_id
-    declared = declared if isinstance(declared, list) else [declared]
-    return list(dict.fromkeys(i for i in [tokenizer.eos_token_id, *declared] if i is not None))
+def save(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
+    """Write weights in `dtype`, tokenizer and every stop id in the Hugging Face format."""
+    policy.model.generation_config.eos_token_id = policy.stop_ids
+    policy.model.to(dtype).save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
 
 
-def save(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    dtype: torch.dtype,
-) -> None:
-    """Write weights in `dtype`, tokenizer and generation settings in the Hugging Face format."""
-    model.generation_config.eos_token_id = stop_ids(model, tokenizer)
-    model.to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def embedded_start(
-    records: list[SeekerRecord], seed: int
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The tiny policy with random weights, and its tokenizer trained on all it will ever read."""
+def embedded_start(records: list[SeekerRecord], seed: int) -> Policy:
+    """The tiny policy before training, and its tokenizer trained on all it will ever read."""
     texts = [message["content"] for record in records for message in messages_for(record)]
     texts += [demonstrate(record, seed=seed, sample=k) for record in records for k in range(8)]
     tokenizer = train_tokenizer(texts)
-    return new_policy(tokenizer, seed), tokenizer
+    model = new_policy(tokenizer, seed)
+    return Policy(model, tokenizer, stop_ids(model, tokenizer))
+
+
+def check_lengths(policy: Policy, records: list[SeekerRecord], max_new_tokens: int) -> None:
+    """Raise RecordError, in one line, for a record whose prompt leaves no room to answer."""
+    context = policy.model.config.get_text_config().max_position_embeddings
+    for number, record in enumerate(records, start=1):
+        length = len(encode_prompt(policy.tokenizer, record))
+        if length + max_new_tokens > context:
+            raise RecordError(
+                f"record {number}: its prompt has {length} tokens, and with {max_new_tokens} for "
+                f"the completion that is more than the model's {context}: shorten the record"
+            )
+
+
+def positive(text: str) -> int:
+    """A command-line number of at least 1."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -224,17 +215,18 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     start.add_argument("--embedded", action="store_true", help="train the tiny policy anew")
     parser.add_argument("--out", type=Path, required=True, help="folder to save into")
     parser.add_argument("--records", default="bundled", help="bundled, or a file in PERM's format")
-    parser.add_argument("--steps", type=int, help="updates (100; embedded: 500)")
-    parser.add_argument("--batch-size", type=int, default=8, help="demonstrations per update")
-    parser.add_argument("--group-size", type=int, default=4, help="of which share one prompt")
+    parser.add_argument("--steps", type=positive, help="updates (100; embedded: 500)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="demonstrations per update")
+    parser.add_argument("--group-size", type=positive, default=4, help="of which share one prompt")
     parser.add_argument("--learning-rate", type=float, help="peak (1e-4; embedded: 2e-3)")
     parser.add_argument(
         "--mixed-records", type=int, help="jumbled from --records (0; embedded: 1000)"
     )
     parser.add_argument("--compute-dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--samples", type=int, default=64, help="completions to judge the form by")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of those")
+    parser.add_argument(
+        "--samples", type=positive, default=64, help="completions to judge the form by"
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=256, help="length of those")
     parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args(arguments)
     for name, usual, embedded in (
@@ -255,24 +247,24 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Load or build the policy, measure, train, measure again, save."""
     settings = parse_arguments(arguments)
-    records = load_records(settings.records)
+    records, held_out = load_records(settings.records), load_records("bundled-heldout")
+    held_out = held_out[:: max(1, 4 * len(held_out) // settings.samples)]
+    compute_dtype = getattr(torch, settings.compute_dtype)
     if settings.embedded:
-        # Sums on one core round alike on every machine, and matrices this small gain little by two.
+        # One thread sums in one order, whatever the number of cores, and is as quick: the matrices
+        # are small.
         torch.set_num_threads(1)
-        model, tokenizer = embedded_start(records, settings.seed)
+        policy = embedded_start(records, settings.seed)
         saved_dtype = torch.bfloat16
     else:
-        tokenizer = AutoTokenizer.from_pretrained(settings.model)
-        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto")
-        saved_dtype = model.dtype
-    model.to(settings.device, torch.float32)
-    compute_dtype = getattr(torch, settings.compute_dtype)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        policy = load_policy(settings.model, device)
+        saved_dtype = AutoConfig.from_pretrained(settings.model).dtype or torch.float32
+    check_lengths(policy, records + held_out, settings.max_new_tokens)
 
     def measure(when: str) -> None:
-        held_out = load_records("bundled-heldout")[: settings.samples // 4]
         share = share_well_formed(
-            model,
-            tokenizer,
+            policy,
             held_out,
             samples_per_record=4,
             max_new_tokens=settings.max_new_tokens,
@@ -284,19 +276,22 @@ def main(arguments: list[str]) -> None:
     if not settings.embedded:  # random weights write no form
         measure("before")
     records = records + mix_records(records, settings.mixed_records, settings.seed)
-    groups = demonstration_groups(records, tokenizer, settings.group_size, settings.seed)
     train(
-        model,
-        groups,
+        policy.model,
+        demonstration_groups(records, policy.tokenizer, settings.group_size, settings.seed),
         steps=settings.steps,
         groups_per_step=settings.batch_size // settings.group_size,
         learning_rate=settings.learning_rate,
         compute_dtype=compute_dtype,
     )
     measure("after")
-    save(model, tokenizer, settings.out, saved_dtype)
+    save(policy, settings.out, saved_dtype)
     print(f"saved to {settings.out}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ConfigError, RecordError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

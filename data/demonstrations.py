@@ -153,7 +153,7 @@ def _emotion_in_text(record: SeekerRecord) -> str | None:
 
 
 def things(record: SeekerRecord) -> list[tuple[bool, str]]:
-    """What the record speaks of: (True, "bread") is the seeker's own bread, (False, "form") a form."""
+    """What the record speaks of: (True, "bread") for my bread, (False, "form") for the form."""
     found: dict[str, bool] = {}
     for determiner, noun, next_word in _DETERMINER_AND_NOUN.findall(
         f"{record.query}\n{record.scenario}"

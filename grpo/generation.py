@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo.parallel import plain_copy
 from grpo.rollout import Completion
 from grpo.sampling import Sampling, random_key, sample, uniform
 from grpo.shared_prefix import Layout, SharedPrefixCache, use_shared_prefix
@@ -62,11 +63,10 @@ def generate_groups(
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt is empty: generation needs at least one token to start from")
     prompt_ids = range(len(prompts)) if prompt_ids is None else prompt_ids
-    if hasattr(model, "full_copy"):
-        model = model.full_copy()
+    model = plain_copy(model)
     use_shared_prefix(model)
 
-    results: list[list[Completion | None]] = [[None] * group_size for _ in prompts]
+    results: dict[tuple[int, int], Completion] = {}
     waiting = deque(
         [Branch(i, j, limits[i][j]) for j in range(first, min(first + max_rows, group_size))]
         for i in range(len(prompts))
@@ -79,7 +79,7 @@ def generate_groups(
     try:
         with torch.no_grad():
             batch = Batch(model, prompts, waiting, max_rows, sampling, stop_ids)
-            while waiting or batch.live:
+            while waiting or batch.rows:
                 while waiting and batch.has_room(len(waiting[0])):
                     branches = waiting.popleft()
                     prompt = branches[0].prompt
@@ -90,12 +90,12 @@ def generate_groups(
                 for _ in range(batch.steps_until_look(STEPS_BETWEEN_LOOKS)):
                     batch.step()
                 for branch, completion in batch.collect():
-                    results[branch.prompt][branch.sample] = completion
+                    results[branch.prompt, branch.sample] = completion
                     if on_finish is not None:
                         on_finish(branch.prompt, branch.sample, completion)
     finally:
         model.train(was_training)
-    return results
+    return [[results[i, j] for j in range(group_size)] for i in range(len(prompts))]
 
 
 def _limits(
@@ -123,13 +123,26 @@ def bucket(rows: int) -> int:
     return next((size for size in (2, 4) if rows <= size), -(-rows // 8) * 8)
 
 
-class Batch:
-    """The rows that grow together: one live branch or none in each, and their state on the device.
+@dataclass
+class Row:
+    """A branch in a row of the batch, and the host's copy of what it knows without asking."""
 
-    For R rows of at most T tokens: `tokens` and `logprobs` [R, T]; `length` [R], how many tokens
-    of the branch have been run through the model, which is also the place of its newest token;
-    `stopped_at` [R], the place of its first stop token (T while there is none).
+    branch: Branch
+    slot: int
+    length: int = 0
+
+
+class Batch:
+    """The rows that grow together, and their state on the device.
+
+    `rows` says which of the R rows hold a branch; the others are spare. For completions of at most
+    T tokens: `tokens` and `logprobs` [R, T]; `length` [R], how many tokens of the branch have been
+    run through the model, which is also the place of its newest token; `stopped_at` [R], the place
+    of its first stop token (T while there is none).
     """
+
+    layout: Layout
+    alive: Tensor  # bool [R'], which of the padded rows hold a branch
 
     def __init__(
         self,
@@ -142,48 +155,39 @@ class Batch:
     ) -> None:
         device = model.device
         widest = max(len(branches) for branches in waiting)
-        rows = bucket(min(max_rows, sum(len(branches) for branches in waiting)))
+        self.max_live = min(max_rows, sum(len(branches) for branches in waiting))
         capacity = max(branch.limit for branches in waiting for branch in branches)
+        row_count = bucket(self.max_live)
         # Twice the prompts that fill the rows, so that stragglers do not keep new prompts waiting.
-        slots = min(len(waiting), 2 * max(1, rows // widest))
+        slots = min(len(waiting), 2 * max(1, row_count // widest))
 
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
         self.sampling = sampling
         self.stop_ids = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-        self.cache = SharedPrefixCache(slots, max(map(len, prompts)), rows, capacity)
+        self.cache = SharedPrefixCache(slots, max(map(len, prompts)), row_count, capacity)
 
-        self.branches: list[Branch | None] = [None] * rows
-        self.slot_of_row = [0] * rows
-        self.length_of_row = [0] * rows  # the host's copy of `length`: it knows without asking
-        self.prompt_length_of_slot = [0] * slots
-        self.max_live = min(max_rows, rows)
+        self.rows: dict[int, Row] = {}
+        self.prompt_lengths = [0] * slots
 
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.tokens, self.length, self.keys = zeros(rows, capacity), zeros(rows), zeros(rows)
-        self.logprobs = zeros(rows, capacity, dtype=torch.float64)
-        self.stopped_at = zeros(rows) + capacity
-        self.layout: Layout | None = None
-        self.padded_rows = 0
-        self.alive: Tensor | None = None  # bool [padded rows]
-
-    @property
-    def live(self) -> list[int]:
-        """The rows that hold a branch."""
-        return [row for row, branch in enumerate(self.branches) if branch is not None]
+        self.tokens = zeros(row_count, capacity)
+        self.logprobs = zeros(row_count, capacity, dtype=torch.float64)
+        self.length, self.keys = zeros(row_count), zeros(row_count)
+        self.stopped_at = zeros(row_count) + capacity
 
     def has_room(self, branches: int) -> bool:
         """Whether so many more rows, and a slot for their prompt, are free."""
-        return len(self.live) + branches <= self.max_live and self._free_slot() is not None
+        return len(self.rows) + branches <= self.max_live and bool(self._free_slots())
 
-    def _free_slot(self) -> int | None:
-        taken = {self.slot_of_row[row] for row in self.live}
-        return next((s for s in range(len(self.prompt_length_of_slot)) if s not in taken), None)
+    def _free_slots(self) -> list[int]:
+        taken = {row.slot for row in self.rows.values()}
+        return [slot for slot in range(len(self.prompt_lengths)) if slot not in taken]
 
     def admit(self, branches: Sequence[Branch], prompt: Sequence[int], keys: Tensor) -> None:
         """Run a prompt into a free slot and sample the first token of each of its branches."""
-        slot = self._free_slot()
+        slot = self._free_slots()[0]
         device = self.tokens.device
         hidden = self.decoder(
             input_ids=torch.tensor([prompt], device=device),
@@ -191,13 +195,10 @@ class Batch:
             use_cache=False,
             attend=self.cache.prefill(slot),
         ).last_hidden_state[:, -1]
-        self.prompt_length_of_slot[slot] = len(prompt)
-        free = [row for row, branch in enumerate(self.branches) if branch is None]
+        self.prompt_lengths[slot] = len(prompt)
+        free = [row for row in range(len(self.tokens)) if row not in self.rows]
         chosen = free[: len(branches)]
-        for row, branch in zip(chosen, branches, strict=True):
-            self.branches[row] = branch
-            self.slot_of_row[row] = slot
-            self.length_of_row[row] = 0
+        self.rows |= {row: Row(b, slot) for row, b in zip(chosen, branches, strict=True)}
         rows = torch.tensor(chosen, device=device)
         self.keys[rows] = keys.to(device)
         self.length[rows] = 0
@@ -206,65 +207,60 @@ class Batch:
 
     def arrange(self) -> None:
         """Close the gaps that ended rows left, and lay the rows out over their prompts."""
-        live = self.live
-        self.padded_rows = bucket(len(live))
-        if live and live[-1] >= self.padded_rows:
-            self._compact(live)
-        device = self.tokens.device
+        padded = bucket(len(self.rows))
+        if max(self.rows, default=0) >= padded:
+            self._compact()
         lanes: dict[int, list[int]] = {}
-        for row in self.live:
-            lanes.setdefault(self.slot_of_row[row], []).append(row)
+        for index, row in sorted(self.rows.items()):
+            lanes.setdefault(row.slot, []).append(index)
         slots, width = max(lanes, default=0) + 1, max(map(len, lanes.values()), default=1)
         row_of_lane = [0] * (slots * width)
-        lane_of_row = [0] * self.padded_rows
-        for slot, rows in lanes.items():
-            for lane, row in enumerate(rows, start=slot * width):
-                row_of_lane[lane], lane_of_row[row] = row, lane
-        # Spare rows stay where they are: their place must remain inside the cache.
-        alive = [branch is not None for branch in self.branches[: self.padded_rows]]
-        self.alive = torch.tensor(alive, device=device)
-        lengths = [self.prompt_length_of_slot[s] for s in self.slot_of_row[: self.padded_rows]]
+        lane_of_row = [0] * padded
+        prompt_length = [1] * padded
+        for slot, indices in lanes.items():
+            for lane, index in enumerate(indices, start=slot * width):
+                row_of_lane[lane], lane_of_row[index] = index, lane
+                prompt_length[index] = self.prompt_lengths[slot]
+        device = self.tokens.device
         self.layout = Layout(
             lane_of_row=torch.tensor(lane_of_row, device=device),
             row_of_lane=torch.tensor(row_of_lane, device=device),
-            prompt_length=torch.tensor(lengths, device=device),
+            prompt_length=torch.tensor(prompt_length, device=device),
             slots=slots,
-            prefix_tokens=max(self.prompt_length_of_slot[:slots]),
+            prefix_tokens=max(self.prompt_lengths[:slots]),
         )
+        # Spare rows stay where they are: their place must remain inside the cache.
+        self.alive = torch.tensor([row in self.rows for row in range(padded)], device=device)
 
-    def _compact(self, live: list[int]) -> None:
-        """Move the live rows to the front."""
+    def _compact(self) -> None:
+        """Move the rows that hold a branch to the front."""
+        live = sorted(self.rows)
         rows = torch.tensor(live, device=self.tokens.device)
         self.cache.keep_rows(rows)
         for state in (self.tokens, self.logprobs, self.length, self.keys, self.stopped_at):
             state[: len(live)] = state[rows]
-        spare = len(self.branches) - len(live)
-        self.branches = [self.branches[row] for row in live] + [None] * spare
-        self.slot_of_row = [self.slot_of_row[row] for row in live] + [0] * spare
-        self.length_of_row = [self.length_of_row[row] for row in live] + [0] * spare
+        self.rows = {new: self.rows[old] for new, old in enumerate(live)}
         self.length[len(live) :] = 0
 
     def steps_until_look(self, most: int) -> int:
         """How many steps may be taken blindly: no row may pass its own limit."""
-        left = [self.branches[row].limit - 1 - self.length_of_row[row] for row in self.live]
-        return min([most, *left])
+        return min([most, *(row.branch.limit - 1 - row.length for row in self.rows.values())])
 
     def step(self) -> None:
         """Run the newest token of every row through the model and sample the next one."""
-        rows, layout = self.padded_rows, self.layout
-        length = self.length[:rows]
-        own_tokens = max(self.length_of_row[row] for row in self.live) + 1
+        layout, length = self.layout, self.length[: len(self.alive)]
+        own_tokens = max(row.length for row in self.rows.values()) + 1
         hidden = self.decoder(
-            input_ids=self.tokens[:rows].gather(1, length[:, None]),
+            input_ids=self.tokens[: len(length)].gather(1, length[:, None]),
             position_ids=(layout.prompt_length + length)[:, None],
             attention_mask=self._mask(layout, length, own_tokens),
             use_cache=False,
             attend=self.cache.decode(layout, length, own_tokens),
         ).last_hidden_state[:, 0]
-        for row in self.live:
-            self.length_of_row[row] += 1
+        for row in self.rows.values():
+            row.length += 1
         length += self.alive
-        self._append(torch.arange(rows, device=length.device), self.head(hidden))
+        self._append(torch.arange(len(length), device=length.device), self.head(hidden))
 
     def _mask(self, layout: Layout, length: Tensor, own_tokens: int) -> Tensor:
         """Additive mask [R, 1, 1, prefix + own]: 0 where a row may look, -inf elsewhere."""
@@ -293,17 +289,16 @@ class Batch:
         """Take out the branches that have ended, by a stop token or at their limit."""
         stopped_at = self.stopped_at.tolist()
         ended = []
-        for row in self.live:
-            branch = self.branches[row]
-            stopped = stopped_at[row] <= self.length_of_row[row]
-            if not stopped and self.length_of_row[row] + 1 < branch.limit:
+        for index, row in sorted(self.rows.items()):
+            stopped = stopped_at[index] <= row.length
+            if not stopped and row.length + 1 < row.branch.limit:
                 continue
-            count = stopped_at[row] + 1 if stopped else branch.limit
+            count = stopped_at[index] + 1 if stopped else row.branch.limit
             completion = Completion(
-                token_ids=self.tokens[row, :count].tolist(),
-                logprobs=self.logprobs[row, :count].tolist(),
+                token_ids=self.tokens[index, :count].tolist(),
+                logprobs=self.logprobs[index, :count].tolist(),
                 finish_reason="stop" if stopped else "length",
             )
-            self.branches[row] = None
-            ended.append((branch, completion))
+            del self.rows[index]
+            ended.append((row.branch, completion))
         return ended

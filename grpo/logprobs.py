@@ -7,6 +7,7 @@ computes them again. At no time do logits [tokens, vocabulary] exist for more th
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,9 +44,8 @@ def score(model: PreTrainedModel, row: PackedRow, temperature: float) -> tuple[T
     A model sharded by FSDP2 carries this function as a method (parallel.shard sets it up), so
     that its root gathers its parameters first.
     """
-    if hasattr(model, "score_row"):
-        return model.score_row(row, temperature)
-    return score_row(model, row, temperature)
+    method = model.__dict__.get("score_row")
+    return method(row, temperature) if method else score_row(model, row, temperature)
 
 
 def score_row(model: PreTrainedModel, row: PackedRow, temperature: float) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
@@ -87,21 +87,19 @@ class TokenLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature = temperature
-        logprobs, entropies = [], []
+        chunks = []
         for h, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
             z = scale_logits(logits_of(h, weight), temperature)
             log_total = z.logsumexp(-1)
-            logprobs.append(z.gather(-1, target[:, None])[:, 0] - log_total)
+            logprob = z.gather(-1, target[:, None])[:, 0] - log_total
             p = (z - log_total[:, None]).exp_()
-            entropies.append(log_total - (p * z).sum(-1))
-        logprobs, entropies = torch.cat(logprobs), torch.cat(entropies)
+            chunks.append((logprob, log_total - (p * z).sum(-1)))
+        logprobs, entropies = map(torch.cat, zip(*chunks, strict=True))
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         divisor = ctx.temperature or 1.0
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
@@ -135,9 +133,10 @@ def exact_bfloat16_products() -> Iterator[None]:
 
     Nothing is lost by it: the inputs are exact, and the sums are in float32.
     """
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    setting = cast(Any, torch.backends.mkldnn).matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
+        setting.fp32_precision = before

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from grpo.config_loader import ConfigError
@@ -127,10 +128,17 @@ def shard(model: PreTrainedModel, ranks: Ranks, compute_dtype: torch.dtype) -> P
             # gloo knows neither average nor scaled sum; a plain sum is what is wanted.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-    model.score_row = partial(score_row, model)
+    sharded = cast(Any, model)
+    sharded.score_row = partial(score_row, model)
     register_fsdp_forward_method(model, "score_row")
-    model.full_copy = partial(refill, generation, model)
+    sharded.full_copy = partial(refill, generation, model)
     return model
+
+
+def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or of a sharded one its copy, refilled. All ranks together."""
+    full_copy = model.__dict__.get("full_copy")
+    return model if full_copy is None else full_copy()
 
 
 def cast_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -145,11 +153,11 @@ def cast_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def refill(copy: PreTrainedModel, trained: PreTrainedModel) -> PreTrainedModel:
     """Write the trained weights into the copy, one parameter at a time. All ranks together."""
     for target, source in zip(copy.parameters(), trained.parameters(), strict=True):
-        target.copy_(source.full_tensor() if isinstance(trained, FSDPModule) else source)
+        target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
     return copy
 
 
 def gradient_norm(model: PreTrainedModel, max_norm: float) -> float:
     """Scale the gradients of all ranks down to `max_norm` together; returns the norm before."""
-    norm: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

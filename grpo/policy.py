@@ -65,7 +65,7 @@ def load_policy(name: str, device: torch.device) -> Policy:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise _not_found(name, error) from error
-    model.to(device).eval()
+    model = model.eval().to(device)
     try:
         check_packing(model)
     except UnsupportedModel as error:

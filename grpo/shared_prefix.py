@@ -17,7 +17,7 @@ sliding windows, soft caps or sinks would be left out without a word.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 NAME = "shared_prefix"
 
 # attend(layer, query [B, H, T, D], key and value [B, K, T, D], mask, scaling) → [B, H, T, D]
-Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor, Any, float], Tensor]
 
 
 class UnsupportedModel(ValueError):
@@ -59,7 +59,8 @@ def attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    output = attend(module.layer_idx, query, key, value, attention_mask, scaling)
+    layer = cast(int, module.layer_idx)
+    output = attend(layer, query, key, value, attention_mask, scaling)
     return output.transpose(1, 2), None
 
 
@@ -265,7 +266,7 @@ class SharedPrefixCache:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
+        mask: Tensor,
         scaling: float,
     ) -> Tensor:
         """softmax over [shared prefix | own branch], each multiplied where its keys lie.

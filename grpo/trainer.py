@@ -24,7 +24,7 @@ from grpo.config import Config, TrainConfig
 from grpo.generation import generate_groups
 from grpo.logprobs import score
 from grpo.loss import batch_counts, policy_loss
-from grpo.parallel import Ranks, gradient_norm
+from grpo.parallel import Ranks, gradient_norm, plain_copy
 from grpo.reward import RewardCalls, RewardFunction
 from grpo.rollout import Completion, Group, Prompt
 from grpo.sampling import Sampling
@@ -57,7 +57,7 @@ class Trainer:
         if self.config.train.gradient_checkpointing:
             enable_checkpointing(self.policy)
         self.policy.train()
-        self.generator = self.policy.full_copy()
+        self.generator = plain_copy(self.policy)
 
     def step(self, step: int, prompts: Sequence[Prompt]) -> tuple[list[Group], dict[str, float]]:
         """One step on `prompts` (those of all ranks), numbered from 0.
@@ -78,7 +78,7 @@ class Trainer:
         with self.timed("update"):
             metrics = self.update(list(micro_batches), step)
         with self.timed("refill"):
-            self.generator = self.policy.full_copy()
+            self.generator = plain_copy(self.policy)
         return everyone, metrics | {f"seconds_{name}": s for name, s in self.seconds.items()}
 
     def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
@@ -98,7 +98,8 @@ class Trainer:
         calls = RewardCalls(self.reward)
 
         def on_finish(prompt: int, sample: int, completion: Completion) -> None:
-            completion.text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+            completion.text = str(text)
             calls.start(prompts[prompt], completion)
 
         rollout = self.config.rollout

@@ -1,4 +1,4 @@
-"""Warm start: what is learned (the completion and its stop token, nothing else) and what is saved."""
+"""Warm start: what is learned (a completion, its stop token, nothing else) and what is saved."""
 
 import filecmp
 import random
@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import warm_start
-from data import load_records
+from data import RecordError, load_records
 from data.demonstrations import demonstrate
 from data.tiny_policy import END_OF_TEXT, END_OF_TURN, VOCABULARY_SIZE, train_tokenizer
+from grpo.policy import Policy, stop_ids
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,11 @@ def model(tokenizer):
         pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
+
+
+def save(model, tokenizer, folder, dtype):
+    policy = Policy(model, tokenizer, stop_ids(model, tokenizer))
+    warm_start.save(policy, folder, dtype)
 
 
 def test_the_loss_covers_the_completion_and_its_stop_token_and_nothing_else(
@@ -122,10 +128,10 @@ def test_gradients_do_not_depend_on_how_a_batch_is_cut(records, tokenizer, model
 def test_the_saved_folder_loads_and_stops_at_every_stop_id(tmp_path, tokenizer, model, records):
     end_of_turn, end_of_text = tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
     model.generation_config.eos_token_id = end_of_text
-    warm_start.save(model, tokenizer, tmp_path, torch.bfloat16)
+    save(model, tokenizer, tmp_path, torch.bfloat16)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert loaded.dtype == torch.bfloat16
-    assert loaded.generation_config.eos_token_id == [end_of_turn, end_of_text]
+    assert loaded.generation_config.eos_token_id == sorted([end_of_turn, end_of_text])
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name))
     again = AutoTokenizer.from_pretrained(tmp_path)
@@ -135,7 +141,7 @@ def test_the_saved_folder_loads_and_stops_at_every_stop_id(tmp_path, tokenizer, 
 
 
 def test_any_policy_is_warm_started_from_the_command_line(tmp_path, tokenizer, model, capsys):
-    warm_start.save(model, tokenizer, tmp_path / "start", torch.float32)
+    save(model, tokenizer, tmp_path / "start", torch.float32)
     command = [
         "--model",
         str(tmp_path / "start"),
@@ -156,7 +162,7 @@ def test_any_policy_is_warm_started_from_the_command_line(tmp_path, tokenizer, m
 def test_the_embedded_policy_is_the_same_each_time_it_is_made(tmp_path):
     for folder in ("one", "two"):
         torch.manual_seed(random.randrange(1000))
-        command = ["--embedded", "--out", str(tmp_path / folder), "--device", "cpu", "--seed", "4"]
+        command = ["--embedded", "--out", str(tmp_path / folder), "--seed", "4"]
         warm_start.main([*command, "--steps", "2", "--samples", "4", "--max-new-tokens", "2"])
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert "model.safetensors" in names and "tokenizer.json" in names
@@ -170,3 +176,14 @@ def test_a_batch_that_is_no_multiple_of_the_group_is_refused(capsys):
     with pytest.raises(SystemExit):
         warm_start.main(["--embedded", "--out", "x", "--batch-size", "6", "--group-size", "4"])
     assert "--batch-size 6 is not a multiple of --group-size 4" in capsys.readouterr().err
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused(tokenizer, model, records):
+    policy = Policy(model, tokenizer, [tokenizer.eos_token_id])
+    longest = max(len(warm_start.encode_prompt(tokenizer, record)) for record in records)
+    room = model.config.max_position_embeddings - longest
+    warm_start.check_lengths(policy, records, room)
+    with pytest.raises(
+        RecordError, match=rf"its prompt has {longest} tokens, and with {room + 1} "
+    ):
+        warm_start.check_lengths(policy, records, room + 1)

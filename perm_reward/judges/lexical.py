@@ -9,7 +9,7 @@ Each rule gives its share of the points that the tables below allow, rounded to 
 merits add, faults take away:
 
     stages:     points = Σ merits − Σ faults, held within 0 to 100
-                score = 1 + ⌊points / 20⌋, at most 5
+                score = 1 + points / 25, rounded
     bystander:  each of five parts = Σ merits − Σ faults, held within 0 to 20
                 total = Σ parts
 """
@@ -165,8 +165,8 @@ class LexicalJudge:
 def _stage(table: Table, finding: Callable[[Rule], Finding]) -> tuple[int, list[str]]:
     points, lines = _points(table, finding)
     held = min(100, max(0, points))
-    score = min(5, 1 + held // 20)
-    sum_line = f"{points} points, held within 0 to 100: {held}; one level for each full 20"
+    score = round(1 + held / 25)  # never half-way: points are whole
+    sum_line = f"{points} points, held within 0 to 100: {held}, and 1 for each 25, rounded"
     return score, [*lines, sum_line, f"Score: {score}"]
 
 

@@ -1,16 +1,9 @@
 """What costs points with the lexical judge: how far each fault goes, in [0, 1], and where."""
 
 from collections import Counter
-from itertools import pairwise
 
 from perm_reward.judges.lexical_text import RUN, Finding, Record, Text, listed, ramp, runs
-from perm_reward.judges.lexicon import (
-    DETERMINERS,
-    FEELING_PHRASES,
-    FUNCTION_WORDS,
-    NEVER_NOUNS,
-    PRAISE,
-)
+from perm_reward.judges.lexicon import FEELING_PHRASES, FUNCTION_WORDS, NEVER_AFTER, PRAISE
 
 # --- texts that only look like an answer ----------------------------------------------------------
 
@@ -50,14 +43,18 @@ def lists_words(text: Text, record: Record) -> Finding:
 
 
 def breaks_grammar(text: Text, record: Record) -> Finding:
-    """Words that stand where a noun must, as in "the of", "your is": 10 % to 50 % of such places.
+    """Words in a row as in "the of" or "to is": at 5 % to 25 % of the places where that can be.
 
-    The worst is about what words in random order come to.
+    People's own texts stay under 10 %; their words in random order come to about 25 %.
     """
-    after = [b for a, b in pairwise(text.words) if a in DETERMINERS]
-    broken = [word for word in after if word in NEVER_NOUNS]
-    share = ramp(len(broken) / max(6, len(after)), 0.1, 0.5)
-    return share, f"{len(broken)} of {len(after)} places for a noun"
+    pairs = [
+        (text.words[i], text.words[i + 1])
+        for sentence in text.sentences
+        for i in range(sentence.start, sentence.end - 1)
+        if text.words[i] in NEVER_AFTER
+    ]
+    broken = [f"{first} {second}" for first, second in pairs if second in NEVER_AFTER[first]]
+    return ramp(len(broken) / max(8, len(pairs)), 0.05, 0.25), listed(broken)
 
 
 def lists_feelings(text: Text, record: Record) -> Finding:

@@ -272,9 +272,27 @@ FUNCTION_WORDS = frozenset(
     who whom whose why will with within without would yes yet you your yours yourself""".split()
 )
 
-DETERMINERS = frozenset("the a an my your their our its".split())
-# No noun and nothing that leads up to one, so they cannot follow a determiner.
-NEVER_NOUNS = frozenset(
-    """of to and or but if is are was were be am does did has have had would could should because
-    the a an my your their our i you he she it we they me him them""".split()
+# Words that a sentence almost never puts in a row: (one of these, followed by one of those).
+_NEVER_IN_A_ROW = (
+    (
+        "the a an my your their our its",
+        """of to and or but if is are was were be am does did has have had would could should
+        because the a an my your their our i you he she it we they me him them""",
+    ),
+    (
+        "of to from with at for into about by on in over",
+        """is are was were am does did has had would could should can will of and or but because
+        i he she we they so""",
+    ),
+    (
+        "i he she we they",
+        """of the a an my your their our its i he she we they me him them or to by from with for""",
+    ),
+    (
+        "am is are was were be have has had do does did would could should can will must",
+        "am is are was were has does did would could should can will must of",
+    ),
 )
+NEVER_AFTER = {
+    word: frozenset(those.split()) for these, those in _NEVER_IN_A_ROW for word in these.split()
+}

@@ -11,9 +11,9 @@ from data import SeekerRecord, load_records
 from data.demonstrations import demonstrate, events, mix_records, own_words, things, who
 
 RECORD = SeekerRecord(
-    persona="A retired railway electrician of 74 in Lower Silesia, widowed three years, methodical.",
-    scenario="He traced an army friend and wrote him four pages. The answer came after six weeks: a "
-    "printed card from a daughter. When he read it, he sat down.",
+    persona="A retired railway electrician of 74 in Lower Silesia, widowed three years.",
+    scenario="He traced an army friend and wrote him four pages. The answer came after six weeks: "
+    "a printed card from a daughter. When he read it, he sat down.",
     query="After fifty years I found my friend from the army. How can a man forget the long march?",
     emotion="disappointed",
 )

@@ -422,12 +422,14 @@ async def never_answers(role, text):
 
 
 def test_closing_ends_what_is_in_flight():
-    reward = PermReward(Answering(never_answers))
+    judge = Answering(never_answers)
+    reward = PermReward(judge)
     futures = [reward.submit("", GOOD, [1], **ROW) for _ in range(3)]
     reward.close()
     assert [future.result(timeout=0) for future in futures] == [None] * 3
     assert futures[0].details["causes"] == [f"{role}: closed" for role in ROLES]
     assert reward.counts() == {f"{role}: closed": 3 for role in ROLES}
+    assert judge.closed_in == ["perm-reward"], "first the calls end, then the judge closes"
 
 
 @pytest.mark.parametrize("trouble", ["raises", "hangs"])
