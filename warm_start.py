@@ -224,7 +224,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--compute-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
-        "--samples", type=positive, default=64, help="completions to judge the form by"
+        "--samples", type=positive, default=64, help="completions that measure the form"
     )
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="length of those")
     parser.add_argument("--seed", type=int, default=0)

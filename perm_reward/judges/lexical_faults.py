@@ -20,14 +20,14 @@ def copies(text: Text, record: Record) -> Finding:
 
 
 def repeats(text: Text, record: Record) -> Finding:
-    """Word triples that came before (8-40 %), sentences too, or one word as 20-40 % of all."""
+    """Word triples that came before (8-35 %), sentences too, or one word as 20-40 % of all."""
     threes = list(zip(text.words, text.words[1:], text.words[2:], strict=False))
     again = 1 - len(set(threes)) / len(threes) if threes else 0.0
     sentences = [tuple(text.words[one.start : one.end]) for one in text.sentences]
     twice = len(sentences) - len(set(sentences))
     most = max(Counter(text.words).values(), default=0) / max(10, len(text.words))
     share = max(
-        ramp(again, 0.08, 0.4),
+        ramp(again, 0.08, 0.35),
         ramp(twice, 0, max(2.0, len(sentences) / 2)),
         ramp(most, 0.2, 0.4),
     )
