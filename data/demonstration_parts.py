@@ -120,20 +120,21 @@ RESPONSE_PADDING = (
 
 # Words that are never lifted as the noun of a thing.
 FUNCTION_WORDS = frozenset(
-    """a about above age after again against all almost already also although always am an and
-    another any anybody anyone anything anyway are around as at away back be because been
-    before being between both but by came can come could day days did do does doing done
-    down during each eight either else end enough even ever every everybody everyone
-    everything few first five for four from get gets getting go goes going gone got had half
-    has have having he her here hers herself him himself his hour hours how i if in into is
-    it its itself just keep keeps kept kind know last least less like little long lot lots
-    made make makes many may maybe me means might mine more most much must my myself never
-    new next night no nobody none not nothing now of off old on once one only onto or other
-    others our ours out over own part people perhaps piece put really right said same saying
-    saw say says second see seen she should since six so some somebody someone something
-    sort still such take than that the their theirs them then there these they thing things
-    think third this those though three through till time times to today told too took
-    towards twice two under until up upon us very was way we week weeks well went were what
-    when where whether which while who whole whom whose why will with without would year
-    years yes yesterday yet you your yours""".split()
+    """a about above after again against age all almost already also although always am an and
+    another any anybody anyone anything anyway are around as at away back bad be because
+    been before being best between big black blue both but by came can come could day days
+    did do does doing done down during each eight either else end enough even ever every
+    everybody everyone everything few first five for four free from full get gets getting go
+    goes going gone good got great green had half has have having he her here hers herself
+    high him himself his hour hours how i if in into is it its itself just keep keeps kept
+    kind know last least less like little long lot lots low made main make makes many may
+    maybe me means might mine more most much must my myself never new next night no nobody
+    none not nothing now of off old on once one only onto or other others our ours out over
+    own part people perhaps piece plain put real really red right said same saw say saying
+    says second see seen she should since six small so some somebody someone something sort
+    still such take than that the their theirs them then there these they thing things think
+    third this those though three through till time times to today told too took towards
+    twice two under until up upon us very was way we week weeks weird well went were what
+    when where whether which while white who whole whom whose why will with without would
+    year years yes yesterday yet you young your yours""".split()
 )

@@ -70,14 +70,14 @@ def run(batch, **settings):
 
 
 def clipped(ratio, advantage, low, high, dual):
-    """(gain, d gain / d log ratio)"""
-    inside = min(max(ratio, 1 - low), 1 + high)
-    gain, slope = ratio * advantage, ratio * advantage
-    if inside * advantage < gain:
-        gain, slope = inside * advantage, 0.0
-    if dual is not None and advantage < 0 and dual * advantage > gain:
-        gain, slope = dual * advantage, 0.0
-    return gain, slope
+    """(gain, d gain / d log ratio, the bound that cut it)"""
+    if ratio < 1 - low and (1 - low) * advantage < ratio * advantage:
+        return (1 - low) * advantage, 0.0, "clip_low_fraction"
+    if ratio > 1 + high and (1 + high) * advantage < ratio * advantage:
+        return (1 + high) * advantage, 0.0, "clip_high_fraction"
+    if dual is not None and advantage < 0 and dual * advantage > ratio * advantage:
+        return dual * advantage, 0.0, "dual_clip_fraction"
+    return ratio * advantage, ratio * advantage, None
 
 
 def kl_and_slope(logp, old, ref, estimator):
@@ -93,7 +93,7 @@ def kl_and_slope(logp, old, ref, estimator):
 
 
 def loops(batch, objective, low, high, dual, kl_coef, estimator, weighted):
-    """Loss and gradient by the formulas, one token at a time."""
+    """Loss, gradient and statistics by the formulas, one token at a time."""
     logp, old, ref, weight = (
         batch[name].tolist() for name in ("logp", "old_logp", "ref_logp", "importance_weight")
     )
@@ -102,7 +102,9 @@ def loops(batch, objective, low, high, dual, kl_coef, estimator, weighted):
     sequences = [i for i, row in enumerate(tokens) if row]
     token_count = sum(len(row) for row in tokens)
 
-    loss = 0.0
+    names = ["loss", "policy_loss", "kl_loss", "kl", "kl_k1", "ratio_mean"]
+    names += ["clip_low_fraction", "clip_high_fraction"] + ["dual_clip_fraction"] * bool(dual)
+    stats = dict.fromkeys(names, 0.0)
     gradient = [[0.0] * len(row) for row in mask]
     for i in sequences:
         share = {
@@ -113,26 +115,35 @@ def loops(batch, objective, low, high, dual, kl_coef, estimator, weighted):
             "dr_grpo": 1 / (len(sequences) * LIMIT),
         }[objective]
         sequence_ratio = exp(mean(logp[i][t] - old[i][t] for t in tokens[i]))
+        stats_share = share if objective == "gspo" else 1 / token_count
         for t in tokens[i]:
             importance = weight[i][t] if weighted else 1.0
             ratio = exp(logp[i][t] - old[i][t])
             if objective == "cispo":
                 slope = min(ratio, high) * advantages[i]
-                loss -= share * importance * slope * logp[i][t]
+                gain = slope * logp[i][t]
+                bound = "clip_high_fraction" if ratio > high and advantages[i] else None
                 gradient[i][t] -= share * importance * slope
             elif objective == "gspo":
-                gain, slope = clipped(sequence_ratio, advantages[i], low, high, dual)
-                loss -= share * importance * gain
+                ratio = sequence_ratio
+                gain, slope, bound = clipped(ratio, advantages[i], low, high, dual)
                 for other in tokens[i]:  # each token's log-prob is 1 / |o_i| of the log of s_i
                     gradient[i][other] -= share * importance * slope / len(tokens[i])
             else:
-                gain, slope = clipped(ratio, advantages[i], low, high, dual)
-                loss -= share * importance * gain
+                gain, slope, bound = clipped(ratio, advantages[i], low, high, dual)
                 gradient[i][t] -= share * importance * slope
             kl, slope = kl_and_slope(logp[i][t], old[i][t], ref[i][t], estimator)
-            loss += share * kl_coef * kl
             gradient[i][t] += share * kl_coef * slope
-    return loss, torch.tensor(gradient, dtype=torch.float64)
+
+            stats["policy_loss"] -= share * importance * gain
+            stats["kl_loss"] += share * kl_coef * kl
+            stats["kl"] += kl_and_slope(logp[i][t], old[i][t], ref[i][t], "k3")[0] / token_count
+            stats["kl_k1"] += (logp[i][t] - ref[i][t]) / token_count
+            stats["ratio_mean"] += stats_share * ratio
+            if bound:
+                stats[bound] += stats_share
+    stats["loss"] = stats["policy_loss"] + stats["kl_loss"]
+    return stats["loss"], torch.tensor(gradient, dtype=torch.float64), stats
 
 
 CASES = [
@@ -149,7 +160,7 @@ def test_equals_plain_loops(generator, objective, estimator, dual, weighted):
     low, high = {"cispo": (None, 1.3), "gspo": (0.1, 0.15)}.get(objective, (0.2, 0.28))
     for _ in range(5):
         batch = random_batch(generator)
-        loss, gradient, _ = run(
+        loss, gradient, stats = run(
             batch,
             objective=objective,
             clip_low=low,
@@ -160,8 +171,8 @@ def test_equals_plain_loops(generator, objective, estimator, dual, weighted):
             importance_weight=batch["importance_weight"] if weighted else None,
         )
         expected = loops(batch, objective, low, high, dual, 0.3, estimator, weighted)
-        torch.testing.assert_close(loss.item(), expected[0], rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(gradient, expected[1], rtol=1e-10, atol=1e-12)
+        got = loss.item(), gradient, {name: value.item() for name, value in stats.items()}
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_advantages_equal_plain_loops(generator):
@@ -281,8 +292,10 @@ def test_gradients_of_kl_estimators_by_enumeration(generator):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize("rubbish", [NAN, float("inf"), -float("inf"), 1e30])
 def test_masked_positions_may_hold_anything(generator, objective, rubbish):
+    """Not in the loss, nor in the gradient, nor on the way (detect_anomaly looks at each step)."""
     batch = random_batch(generator)
     clean, dirty = dict(batch), dict(batch)
     for name in ("logp", "old_logp", "ref_logp", "importance_weight"):
@@ -290,7 +303,8 @@ def test_masked_positions_may_hold_anything(generator, objective, rubbish):
         dirty[name] = batch[name].masked_fill(~batch["mask"], rubbish)
     settings = {"objective": objective, "kl_estimator": "k3_is"}
     expected = run(clean, **settings, importance_weight=clean["importance_weight"])
-    got = run(dirty, **settings, importance_weight=dirty["importance_weight"])
+    with torch.autograd.detect_anomaly():
+        got = run(dirty, **settings, importance_weight=dirty["importance_weight"])
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert got[1][~batch["mask"]].count_nonzero() == 0
 

@@ -195,7 +195,7 @@ _FEELING = "feeling"
 
 
 def _index() -> dict[tuple[str, ...], list[tuple[tuple[str, ...], str, str]]]:
-    """First word or two → (words, phrase, category) of all that begin so, the longest first.
+    """First word or two → (words, phrase, category) of all that begin so.
 
     Two words where a phrase has two: "you are" begins few phrases, "you" begins dozens.
     """
@@ -204,8 +204,6 @@ def _index() -> dict[tuple[str, ...], list[tuple[tuple[str, ...], str, str]]]:
         for phrase in phrases:
             words = tuple(phrase.split())
             index.setdefault(words[:2], []).append((words, phrase, category))
-    for entries in index.values():
-        entries.sort(key=lambda entry: -len(entry[0]))
     return index
 
 
@@ -217,7 +215,7 @@ def _phrases(words: list[str]) -> tuple[dict[str, list[Found]], list[Found]]:
     found: dict[str, list[Found]] = {category: [] for category in (*PHRASES, _FEELING)}
     free_from = dict.fromkeys(found, 0)
     for start, (word, next_word) in enumerate(zip_longest(words, words[1:])):
-        for begin in ((word, next_word), (word,)):
+        for begin in ((word, next_word), (word,)):  # "because of" before "because"
             for phrase_words, phrase, category in _INDEX.get(begin, ()):
                 end = start + len(phrase_words)
                 is_here = len(phrase_words) < 3 or tuple(words[start:end]) == phrase_words

@@ -216,6 +216,11 @@ CHEAP = {
     "questions with keywords": " ".join(f"What about your {word}?" for word in WORDS),
     "feelings": ", ".join(FEELINGS),
     "feelings in sentences": " ".join(f"You feel {word} because of it." for word in FEELINGS),
+    "every feeling, in case one is right": (
+        "You may be scared of the biopsy, or angry at Ivo. Perhaps your hands tremble with shame. "
+        "Then again, the envelope could make anyone hopeful. A nurse can feel guilty, or lonely on "
+        "the ward, while others are proud. Does the clinic leave you tired?"
+    ),
     "feelings and causes": "You are scared because scared of the scared biopsy since scared. " * 3,
     "one sentence over and over": "You are scared because of the biopsy on Friday. " * 8,
     "2,000 words": " ".join(f"{one.good.response} {one.decent.response}" for one in EXAMPLES) * 4,
@@ -298,6 +303,7 @@ GOOD = EXAMPLES[0].good
         ("expression", "flatters", "You're so brave."),
         ("expression", "speaks about the person", "The user is frightened."),
         ("expression", "pads", "At the end of the day it really is so."),
+        ("expression", "repeats", "I see. I see. I see."),
         ("expression", "asks too much", "Why? Since when? With whom?"),
         ("reception", "waves off", "You should calm down."),
         ("reception", "contradicts feelings", "You must be delighted and proud."),
@@ -326,6 +332,7 @@ def test_a_fault_costs_points_and_is_named(role, rule, added):
         ("resonation", "names feelings", "She is scared and tired.", "She is scared."),
         ("expression", "names feelings", "You are scared.", "You are not scared."),
         ("expression", "names feelings", "You are scared.", "I am scared to say it."),
+        ("expression", "names feelings", "You dread it.", "I dread it."),
         # The record's own words, whatever their endings.
         ("expression", "uses own words", "An envelope, a husband.", "An envelope, a letter."),
         ("expression", "uses own words", "You were holding it, opening it.", "You held it."),
@@ -404,6 +411,10 @@ def test_sentences_and_short_forms():
     ]
     assert [one.is_question for one in text.sentences] == [False, False, False, True, False]
     assert text.names == ["abel", "7:40"]
+
+
+def test_the_longer_phrase_is_found_and_none_within_it():
+    assert read_text("So it is, because of it.").phrases["cause"] == [(3, "because of")]
 
 
 # --- the judge's face -----------------------------------------------------------------------------

@@ -106,7 +106,18 @@ def test_equal_rewards_give_exactly_zero_in_float32():
     """
     rewards = torch.linspace(0.1, 0.9, 81)[:, None].repeat(1, 7)  # [81, 7], each row one reward
     naive = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
-    assert naive.count_nonzero() > 0, "float32 no longer makes the mistake of this story"
+    assert naive.count_nonzero() > 0, "the story's mistake is gone"
+    for scale in ("group", "batch", "none"):
+        assert group_advantages(rewards, scale=scale).count_nonzero() == 0
+
+
+def test_equal_rewards_give_exactly_zero_in_float64():
+    """float64 only makes the rounding smaller: .1 + .1 + .1 is .30000000000000004.
+
+    What makes it zero is the question whether the rewards differ at all, asked of the rewards.
+    """
+    rewards = torch.full((1, 3), 0.1, dtype=torch.float64)
+    assert (rewards - rewards.sum() / 3).count_nonzero() > 0, "the story's mistake is gone"
     for scale in ("group", "batch", "none"):
         assert group_advantages(rewards, scale=scale).count_nonzero() == 0
 

@@ -130,6 +130,14 @@ def test_without_clips_given_the_objective_brings_its_own(objective):
     assert loss == pytest.approx(expected_loss, abs=1e-9)
 
 
+def test_the_default_is_dapo_as_perm_trains():
+    """Clip .2 on both sides, β = .01, k3; Clip-Higher (.28) is asked for, not given."""
+    settings = {"objective": "dapo", "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.01}
+    expected, _, _ = loss_gradient_stats(**settings, kl_estimator="k3")
+    assert loss_gradient_stats()[0] == expected
+    assert loss_gradient_stats(clip_high=0.28)[0] != pytest.approx(expected)
+
+
 def k3(d):
     return exp(d) - d - 1
 
@@ -345,8 +353,9 @@ def test_a_sequence_without_tokens_is_not_there():
 
 
 @pytest.mark.parametrize("objective", EXAMPLES)
+@pytest.mark.parametrize("kl_coef", [0, 0.1])
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4), (3, 0)])
-def test_a_micro_batch_without_tokens_still_has_a_gradient(objective, shape):
+def test_a_micro_batch_without_tokens_still_has_a_gradient(objective, kl_coef, shape):
     """Mistake 10: nothing counts in this rank's micro-batch, so the loss was a plain 0.
 
     Plain 0 has no graph: backward fails here, or is skipped, while the other ranks wait for this
@@ -358,12 +367,12 @@ def test_a_micro_batch_without_tokens_still_has_a_gradient(objective, shape):
     loss, stats = policy_loss(
         logp,
         nothing,
-        nothing,
+        nothing if kl_coef else None,
         torch.ones(shape[0]),
         torch.zeros(shape, dtype=torch.bool),
         objective=objective,
         max_completion_tokens=5,
-        kl_coef=0.1,
+        kl_coef=kl_coef,
     )
     assert loss.item() == 0
     loss.backward()
