@@ -25,9 +25,16 @@ from transformers.utils import logging as transformers_logging
 import data
 from grpo.checkpoint import export_policy
 from grpo.config import Config, ConfigError, Flags, load_config, to_toml
-from grpo.monitor import append_line, mean, rollout_metrics, scored, standard_error
+from grpo.monitor import (
+    append_line,
+    mean,
+    rollout_metrics,
+    scored,
+    standard_error,
+    warnings_of,
+)
 from grpo.parallel import Ranks, cast_copy, pick_device, shard, start_ranks
-from grpo.policy import context_length, load_policy, load_tokenizer
+from grpo.policy import context_length, encode_chat, load_policy, load_tokenizer
 from grpo.reward import RewardFunction, import_reward
 from grpo.rollout import Group, Prompt, write_groups
 from grpo.sampling import random_key
@@ -115,6 +122,8 @@ def train(config: RunConfig, ranks: Ranks) -> None:
                 f"{metrics['completion_tokens_mean']:.0f} tokens"
             )
             bar.update()
+            for warning in warnings_of(metrics):
+                tqdm.write(f"warning: step {step + 1}: {warning}", file=sys.stderr)
             every = config.evaluation.every
             if step + 1 == steps or (every and (step + 1) % every == 0):
                 after = evaluate(step + 1)
@@ -173,8 +182,7 @@ def make_prompts(
     prompts = []
     for i, record in enumerate(records):
         messages = policy_messages(Seeker(record.persona, record.scenario, record.query))
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        text, token_ids = encode_chat(tokenizer, messages)
         if len(token_ids) > config.rollout.max_prompt_tokens:
             raise ConfigError(
                 f"rollout.max_prompt_tokens = {config.rollout.max_prompt_tokens}: record {i + 1} "

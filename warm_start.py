@@ -215,12 +215,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     start.add_argument("--embedded", action="store_true", help="train the tiny policy anew")
     parser.add_argument("--out", type=Path, required=True, help="folder to save into")
     parser.add_argument("--records", default="bundled", help="bundled, or a file in PERM's format")
-    parser.add_argument("--steps", type=positive, help="updates (100; embedded: 1000)")
+    parser.add_argument("--steps", type=positive, help="updates (100; embedded: 600)")
     parser.add_argument("--batch-size", type=positive, default=8, help="demonstrations per update")
     parser.add_argument("--group-size", type=positive, default=4, help="of which share one prompt")
-    parser.add_argument("--learning-rate", type=float, help="peak (1e-4; embedded: 2.5e-3)")
+    parser.add_argument("--learning-rate", type=float, help="peak (1e-4; embedded: 1.2e-3)")
     parser.add_argument(
-        "--mixed-records", type=int, help="jumbled from --records (0; embedded: 1700)"
+        "--mixed-records", type=int, help="jumbled from --records (0; embedded: 1000)"
     )
     parser.add_argument("--compute-dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument(
@@ -230,9 +230,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args(arguments)
     for name, usual, embedded in (
-        ("steps", 100, 1000),
-        ("learning_rate", 1e-4, 2.5e-3),
-        ("mixed_records", 0, 1700),
+        ("steps", 100, 600),
+        ("learning_rate", 1e-4, 1.2e-3),
+        ("mixed_records", 0, 1000),
     ):
         if getattr(settings, name) is None:
             setattr(settings, name, embedded if settings.embedded else usual)

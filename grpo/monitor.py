@@ -8,6 +8,9 @@ from typing import Any
 
 from grpo.rollout import Completion, Group
 
+# A mean |log p of generation − log p of training| that bfloat16 explains: 0.003 to 0.02 were seen.
+LARGEST_LOGPROB_DIFFERENCE = 0.05
+
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """What can be read off the groups of one step (or evaluation), over all ranks.
@@ -32,6 +35,18 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "truncated": mean([float(c.finish_reason == "length") for c in completions]),
         **detail_means(completions),
     }
+
+
+def warnings_of(metrics: Mapping[str, float]) -> list[str]:
+    """What in the metrics of a step should worry whoever watches the run, in plain words."""
+    difference = metrics["rollout_logprob_difference"]
+    if difference <= LARGEST_LOGPROB_DIFFERENCE:
+        return []
+    return [
+        f"log-probs of generation and training differ by {difference:.3f} on average (rounding "
+        "explains a few hundredths at most): the ratio does not start at 1; try "
+        "policy.compute_dtype = float32"
+    ]
 
 
 def detail_means(completions: Sequence[Completion]) -> dict[str, float]:

@@ -76,6 +76,15 @@ def load_policy(name: str, device: torch.device) -> Policy:
     return Policy(model, tokenizer, stop_ids(model, tokenizer))
 
 
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
+) -> tuple[str, list[int]]:
+    """A chat prompt as text and as token ids, up to where the assistant begins to write."""
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    # The template has written the special tokens; the tokenizer must not add its own again.
+    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a turn: all that the generation config lists, and the tokenizer's."""
     listed = model.generation_config.eos_token_id

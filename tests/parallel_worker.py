@@ -26,7 +26,7 @@ class Numbers:
 
 
 def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float | None]:
-    """The part of small numbers; none for a completion that holds an 11, as if no judge answered."""
+    """The part of small numbers; none for a completion that holds an 11, as if no judge spoke."""
     words = [[int(word) for word in text.split()] for text in completions]
     return [None if 11 in w else sum(x < 40 for x in w) / len(w) for w in words]
 

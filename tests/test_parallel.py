@@ -103,7 +103,7 @@ def test_kl_and_ratio_before_the_first_update(worlds: tuple[dict, dict]) -> None
 def test_bfloat16_gives_the_same_loss_and_gradient_on_a_recorded_rollout(
     worlds: tuple[dict, dict],
 ) -> None:
-    """Each row is computed alike wherever it runs; only the float32 sum over rows has another order."""
+    """Each row is computed alike wherever it runs; only the float32 sum has another order."""
     one, two = (world["bfloat16"] for world in worlds)
     assert one["metrics"]["loss"] == pytest.approx(two["metrics"]["loss"], rel=1e-5)
     norm = sum(g.square().sum() for g in one["gradient"].values()).sqrt()

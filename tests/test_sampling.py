@@ -1,4 +1,4 @@
-"""Sampled frequencies against the distributions that `transformers` defines, and the hash's quality."""
+"""Sampled frequencies against the distributions of `transformers`; the quality of the hash."""
 
 import pytest
 import torch

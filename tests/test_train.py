@@ -122,7 +122,8 @@ def test_a_reward_function_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path
     (tmp_path / "own_reward.py").write_text(
         "def shortest(prompts, completions, completion_ids, emotion, **columns):\n"
         "    assert len(prompts) == len(completions) == len(emotion)\n"
-        "    return [None if i == 0 else -float(len(ids)) for i, ids in enumerate(completion_ids)]\n"
+        "    rewards = [-float(len(ids)) for ids in completion_ids]\n"
+        "    return [None, *rewards[1:]]\n"
     )
     monkeypatch.chdir(tmp_path)
     run(monkeypatch, tmp_path / "run", reward="own_reward:shortest")
@@ -212,7 +213,7 @@ def test_a_run_folder_is_not_written_over(
 
 
 def test_under_torchrun_the_line_is_printed_once(tmp_path: Path) -> None:
-    """A missing file is found by both ranks, a taken folder by rank 0 alone: one line either way."""
+    """A missing file is found by both ranks, a taken folder by rank 0: one line either way."""
     (tmp_path / "config.toml").write_text("")
     for setting in (f"--data.train={tmp_path / 'none.jsonl'}", f"--output={tmp_path}"):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

@@ -29,7 +29,7 @@ def test_a_group_is_one_row_with_one_prompt() -> None:
 
 
 def test_a_branch_sees_the_prompt_and_itself() -> None:
-    """The tree mask of the row above, query by query; the second group sees nothing of the first."""
+    """The tree mask of the row above, query by query; a second group sees nothing of the first."""
     mask = pack([([5, 6, 7], [[1, 2, 3], [4], [8, 9]]), ([5], [[6, 7]])], "cpu").mask[0, 0]
     assert mask.int().tolist() == [
         [1, 0, 0, 0, 0, 0, 0, 0],  # 5
