@@ -34,8 +34,9 @@ from data import RecordError, SeekerRecord, load_records
 from data.demonstrations import demonstrate, mix_records
 from data.tiny_policy import new_policy, train_tokenizer
 from grpo.config_loader import ConfigError
+from grpo.packing import pack
 from grpo.policy import Policy, load_policy, stop_ids
-from grpo.shared_prefix import pack, use_shared_prefix
+from grpo.shared_prefix import use_shared_prefix
 from perm_reward import Seeker, policy_messages
 from perm_reward.completion import parse_completion
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo.packing import PackedRow, pack
 from grpo.sampling import scale_logits
-from grpo.shared_prefix import PackedRow, pack, use_shared_prefix
+from grpo.shared_prefix import use_shared_prefix
 
 CHUNK = 512  # tokens whose logits exist at once
 
@@ -53,8 +54,10 @@ def score_row(model: PreTrainedModel, row: PackedRow, temperature: float) -> tup
     hidden = model.get_decoder()(
         input_ids=row.token_ids,
         position_ids=row.position_ids,
-        attention_mask=row.mask,
+        # transformers passes a 4-D mask on as it is, and would build one [L, L] if it got none.
+        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.targets.device),
         use_cache=False,
+        attend=row.attend,
     ).last_hidden_state[0]
     weight = model.get_output_embeddings().weight
     return TokenLogprobs.apply(hidden[row.predictors], weight, row.targets, temperature)

@@ -3,9 +3,8 @@
 `transformers` lets a function be registered that computes attention for any of its models. Ours
 serves the three ways in which this project calls a model:
 
-- **A packed row**, for scoring and the update: `[x | y1 | y2 | … | yG]` with a tree mask. A token
-  sees the prompt and its own branch up to itself; positions restart after the prompt at each
-  branch. The mask is an argument of the call, so that recomputation in the backward pass sees it.
+- **A packed row**, for scoring and the update: see packing.py. What a token may see travels as an
+  argument of the call, so that recomputation in the backward pass sees the same.
 - **Generation**: a prompt is run once, its keys and values kept for all of its completions. Then
   each new token attends to the shared prefix and to its own branch, under one softmax.
 - **Anything else** (`model.generate`, a padded batch) is handed to PyTorch's own attention.
@@ -14,7 +13,7 @@ Models whose layers are not plain full attention are refused (`refuse_unsupporte
 sliding windows, soft caps or sinks would be left out without a word.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -83,86 +82,6 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
         raise UnsupportedModel(f"layers of the kinds {', '.join(sorted(kinds))}")
     if model.get_output_embeddings() is None or model.get_output_embeddings().bias is not None:
         raise UnsupportedModel("no language-model head, or one with a bias")
-
-
-# ---------------------------------------------------------------------------------------------
-# Packed rows
-# ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PackedRow:
-    """Groups packed into one row of L tokens, N of which are completion tokens to be scored.
-
-    token_ids, position_ids: [1, L]; mask: bool [1, 1, L, L], True where a query sees a key;
-    predictors: [N], the place in the row whose output predicts a completion token;
-    targets: [N], that token; lengths: tokens of each completion, group by group.
-    """
-
-    token_ids: Tensor
-    position_ids: Tensor
-    mask: Tensor
-    predictors: Tensor
-    targets: Tensor
-    lengths: list[int]
-
-
-def pack(
-    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device | str
-) -> PackedRow:
-    """Lay groups (prompt, completions) out as one row `[x | y1 | … | yG | x' | y1' | …]`.
-
-    The last token of a completion predicts nothing that is scored, so it is not in the row: a
-    completion of one token costs nothing beyond its prompt.
-    """
-    token_ids: list[int] = []
-    position_ids: list[int] = []
-    tree: list[int] = []  # which group a place belongs to
-    branch: list[int] = []  # 0 for the prompt, else which completion of the group
-    predictors: list[int] = []
-    targets: list[int] = []
-    for number, (prompt, completions) in enumerate(groups):
-        last_of_prompt = len(token_ids) + len(prompt) - 1
-        for which, tokens in enumerate([prompt, *(c[:-1] for c in completions)]):
-            start = 0 if which == 0 else len(prompt)
-            if which > 0:
-                first = len(token_ids)
-                predictors += [last_of_prompt, *range(first, first + len(tokens))]
-                targets += completions[which - 1]
-            token_ids += tokens
-            position_ids += range(start, start + len(tokens))
-            tree += [number] * len(tokens)
-            branch += [which] * len(tokens)
-
-    def row(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
-
-    return PackedRow(
-        token_ids=row(token_ids)[None],
-        position_ids=row(position_ids)[None],
-        mask=tree_mask(row(tree), row(branch))[None, None],
-        predictors=row(predictors),
-        targets=row(targets),
-        lengths=[len(c) for _, completions in groups for c in completions],
-    )
-
-
-def tree_mask(tree: Tensor, branch: Tensor) -> Tensor:
-    """Who sees whom in a packed row. tree, branch: [L] → bool [L, L] (query, key).
-
-    A token sees what stands before it (and itself) in its own group, if that belongs to the
-    prompt (branch 0) or to its own branch.
-    """
-    order = torch.arange(len(tree), device=tree.device)
-    not_after = order[:, None] >= order
-    same_tree = tree[:, None] == tree
-    same_branch = branch[:, None] == branch
-    return not_after & same_tree & (same_branch | (branch == 0))
-
-
-# ---------------------------------------------------------------------------------------------
-# Generation
-# ---------------------------------------------------------------------------------------------
 
 
 @dataclass

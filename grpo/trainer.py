@@ -24,11 +24,11 @@ from grpo.config import Config, TrainConfig
 from grpo.generation import generate_groups
 from grpo.logprobs import score
 from grpo.loss import batch_counts, policy_loss
+from grpo.packing import PackedRow, pack
 from grpo.parallel import Ranks, gradient_norm, plain_copy
 from grpo.reward import RewardCalls, RewardFunction
 from grpo.rollout import Completion, Group, Prompt
 from grpo.sampling import Sampling
-from grpo.shared_prefix import PackedRow, pack
 
 # The `step` in the random numbers of held-out completions: the same before, during and after
 # training, so that two evaluations differ by the policy alone.

@@ -7,7 +7,7 @@ import torch
 
 from grpo import logprobs
 from grpo.logprobs import TokenLogprobs, completion_logprobs
-from grpo.shared_prefix import pack
+from grpo.packing import pack
 from tests.tiny import tiny_model
 
 

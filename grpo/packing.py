@@ -1,0 +1,169 @@
+"""Packed rows: whole groups in one row, for scoring and the update.
+
+    [x | y1 | y2 | … | yG]     or several groups     [x | y1 | … | yG | x' | y1' | … ]
+
+A token sees its prompt and its own branch up to itself; positions restart after the prompt at each
+branch. So a row equals the separate rows x y1, x y2, …, without the repeated prompt.
+
+`tree_mask` says that in one matrix [L, L], most of which is False. `PackedRow.attend` computes the
+same without it: the prompt attends to itself, and all branches of a group, side by side as a batch,
+to the prompt and to themselves. That costs P² + G·T·(P + T) in place of (P + G·T)².
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # (prompt, completions), as token ids
+
+
+@dataclass
+class Tree:
+    """Where one group stands in a row: its prompt at [start, end), its branches behind it.
+
+    branches: [G, T], the places of each branch's tokens; shorter ones are filled up with `start`.
+    """
+
+    start: int
+    end: int
+    branches: Tensor
+
+
+@dataclass
+class PackedRow:
+    """Groups packed into one row of L tokens, N of which are completion tokens to be scored.
+
+    token_ids, position_ids: [1, L]; tree, branch: [L], which group a token belongs to, and which of
+    its branches (0: the prompt); trees: where each group stands; order: [L], see `attend`;
+    predictors: [N], the place whose output predicts a completion token; targets: [N], that token;
+    lengths: tokens of each completion, group by group.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    tree: Tensor
+    branch: Tensor
+    trees: list[Tree]
+    order: Tensor
+    predictors: Tensor
+    targets: Tensor
+    lengths: list[int]
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [1, 1, L, L]: True where a query sees a key. The definition `attend` is held to."""
+        return tree_mask(self.tree, self.branch)[None, None]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float
+    ) -> Tensor:
+        """Attention over the row. query [1, H, L, D], key, value [1, K, L, D] → [1, H, L, D].
+
+        The outputs of prompts and (filled up) branches, one after the other, are put back in the
+        row's order by `order`.
+        """
+        repeat = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
+        outputs = []
+        for tree in self.trees:
+            prompt = [x[:, :, tree.start : tree.end] for x in (query, key, value)]
+            outputs.append(F.scaled_dot_product_attention(*prompt, is_causal=True, scale=scaling))
+            if tree.branches.numel():
+                outputs.append(_attend_branches(tree, query, key, value, scaling))
+        return torch.cat(outputs, dim=2).index_select(2, self.order)
+
+
+def _attend_branches(
+    tree: Tree, query: Tensor, key: Tensor, value: Tensor, scaling: float
+) -> Tensor:
+    """All branches of a group, each over [prompt | itself]. [1, H, L, D] each → [1, H, G·T, D].
+
+    Places that fill up a short branch come after its own, where causality hides them.
+    """
+    count, length = tree.branches.shape
+    _, heads, _, size = query.shape
+    places = tree.branches.flatten()
+
+    def branches(x: Tensor) -> Tensor:  # → [G, H, T, D]
+        chosen = x[0].index_select(1, places).view(heads, count, length, size)
+        return chosen.transpose(0, 1)
+
+    def with_prompt(x: Tensor) -> Tensor:  # → [G, H, P + T, D]
+        prompt = x[:, :, tree.start : tree.end].expand(count, -1, -1, -1)
+        return torch.cat([prompt, branches(x)], dim=2)
+
+    prompt_length = tree.end - tree.start
+    visible = torch.ones(
+        length, prompt_length + length, dtype=torch.bool, device=query.device
+    ).tril(prompt_length)
+    output = F.scaled_dot_product_attention(
+        branches(query), with_prompt(key), with_prompt(value), attn_mask=visible, scale=scaling
+    )
+    return output.transpose(0, 1).reshape(1, heads, count * length, size)
+
+
+def pack(groups: Sequence[Group], device: torch.device | str) -> PackedRow:
+    """Lay groups out as one row.
+
+    The last token of a completion predicts nothing that is scored, so it is not in the row: a
+    completion of one token costs nothing beyond its prompt.
+    """
+    token_ids: list[int] = []
+    position_ids: list[int] = []
+    tree: list[int] = []
+    branch: list[int] = []
+    trees: list[Tree] = []
+    order: list[int] = []
+    outputs = 0  # so far, of those that `attend` puts one after the other
+    predictors: list[int] = []
+    targets: list[int] = []
+    for number, (prompt, completions) in enumerate(groups):
+        start, end = len(token_ids), len(token_ids) + len(prompt)
+        longest = max((len(c) - 1 for c in completions), default=0)
+        places = torch.full((len(completions), longest), start)
+        for which, tokens in enumerate([prompt, *(c[:-1] for c in completions)]):
+            here = len(token_ids)
+            if which > 0:
+                places[which - 1, : len(tokens)] = torch.arange(here, here + len(tokens))
+                predictors += [end - 1, *range(here, here + len(tokens))]
+                targets += completions[which - 1]
+            first_position = 0 if which == 0 else len(prompt)
+            position_ids += range(first_position, first_position + len(tokens))
+            token_ids += tokens
+            tree += [number] * len(tokens)
+            branch += [which] * len(tokens)
+            order += range(outputs, outputs + len(tokens))
+            outputs += len(prompt) if which == 0 else longest
+        trees.append(Tree(start, end, places.to(device)))
+
+    def row(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+    return PackedRow(
+        token_ids=row(token_ids)[None],
+        position_ids=row(position_ids)[None],
+        tree=row(tree),
+        branch=row(branch),
+        trees=trees,
+        order=row(order),
+        predictors=row(predictors),
+        targets=row(targets),
+        lengths=[len(c) for _, completions in groups for c in completions],
+    )
+
+
+def tree_mask(tree: Tensor, branch: Tensor) -> Tensor:
+    """Who sees whom in a packed row. tree, branch: [L] → bool [L, L] (query, key).
+
+    A token sees what stands before it (and itself) in its own group, if that belongs to the
+    prompt (branch 0) or to its own branch.
+    """
+    order = torch.arange(len(tree), device=tree.device)
+    not_after = order[:, None] >= order
+    same_tree = tree[:, None] == tree
+    same_branch = branch[:, None] == branch
+    return not_after & same_tree & (same_branch | (branch == 0))
