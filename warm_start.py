@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from data import RecordError, SeekerRecord, load_records
 from data.demonstrations import demonstrate, mix_records
-from data.tiny_policy import new_policy, train_tokenizer
+from data.tiny_policy import new_policy, sharpen, train_tokenizer
 from grpo.config_loader import ConfigError
 from grpo.packing import pack
 from grpo.policy import Policy, load_policy, stop_ids
@@ -285,6 +285,8 @@ def main(arguments: list[str]) -> None:
         learning_rate=settings.learning_rate,
         compute_dtype=compute_dtype,
     )
+    if settings.embedded:
+        sharpen(policy.model.to(saved_dtype))
     measure("after")
     save(policy, settings.out, saved_dtype)
     print(f"saved to {settings.out}")

@@ -105,8 +105,10 @@ class _Slots:
         self._feeling, self._state = _feelings(record, quality, generator)
         self._event = generator.choice(events(record))
         self._who = who(record)
-        self._things = generator.sample(found := things(record), len(found))
-        self._own_words = generator.sample(found := own_words(record), len(found))
+        found = things(record)
+        self._things = generator.sample(found, len(found))
+        clauses = own_words(record)
+        self._own_words = generator.sample(clauses, len(clauses))
 
     def fill(self, pool: tuple[str, ...], possessive: str) -> str:
         """A sentence of `pool` that this demonstration has not used, its slots filled.

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _PACKAGE = Path(__file__).parent
 _BUNDLED = {
@@ -117,7 +118,7 @@ def _parse_line(line: str, path: Path, number: int) -> SeekerRecord:
     )
 
 
-def _value(mapping: dict, key: str, kind: type, where: str, prefix: str = "") -> object:
+def _value(mapping: dict, key: str, kind: type, where: str, prefix: str = "") -> Any:
     if key not in mapping:
         raise RecordError(f"{where}: the key '{prefix}{key}' is missing")
     value = mapping[key]

@@ -5,7 +5,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import embedded_policy, load_records
-from data.tiny_policy import END_OF_TEXT, END_OF_TURN, VOCABULARY_SIZE, new_policy, train_tokenizer
+from data.tiny_policy import (
+    END_OF_TEXT,
+    END_OF_TURN,
+    SHARPENING,
+    VOCABULARY_SIZE,
+    new_policy,
+    sharpen,
+    train_tokenizer,
+)
 from perm_reward import Seeker, policy_messages
 from perm_reward.completion import parse_completion
 
@@ -37,6 +45,16 @@ def test_a_new_policy_copies_before_any_training():
         logits = model(torch.cat([prompt, copied], dim=1)).logits
     guesses = logits[:, 250:289].argmax(-1)  # after each copied token but the last
     assert (guesses == copied[:, 1:]).float().mean() > 0.8
+
+
+def test_sharpening_is_a_lower_temperature():
+    model = new_policy(train_tokenizer(["a few words"]), seed=5).eval()
+    row = torch.arange(300, 330)[None]
+    with torch.no_grad():
+        before = model(row).logits
+        sharpen(model)
+        after = model(row).logits
+    torch.testing.assert_close(after, before * SHARPENING)
 
 
 def test_any_text_survives_the_tokenizer(shipped):
