@@ -41,6 +41,7 @@ from grpo.sampling import random_key
 from grpo.trainer import Trainer
 from perm_reward import JudgeConfig, PermReward, RewardConfig, Seeker, make_judge, policy_messages
 
+RUN_FILES = ("config.toml", "metrics.jsonl", "rollouts.jsonl", "heldout.jsonl", "policy")
 COLUMN = 56  # characters, of the two answers side by side
 
 
@@ -112,10 +113,11 @@ def train(config: RunConfig, ranks: Ranks) -> None:
     before = after = evaluate(0)
     with tqdm(total=steps, desc="training", unit="step", disable=not ranks.is_main) as bar:
         for step in range(steps):
-            groups, metrics = trainer.step(step, prompts_of_step(prompts, step, config))
-            metrics = {"step": step + 1, **rollout_metrics(groups), **metrics}
-            if ranks.is_main:
+            groups = trainer.rollout(step, prompts_of_step(prompts, step, config))
+            if ranks.is_main:  # before the update: verdicts are paid for
                 write_groups(output / "rollouts.jsonl", step + 1, groups)
+            metrics = {"step": step + 1, **rollout_metrics(groups), **trainer.update(step)}
+            if ranks.is_main:
                 append_line(output / "metrics.jsonl", metrics)
             bar.set_postfix_str(
                 f"reward {metrics['reward_mean']:.3f}, KL {metrics.get('kl', 0):.4f}, "
@@ -129,7 +131,7 @@ def train(config: RunConfig, ranks: Ranks) -> None:
                 after = evaluate(step + 1)
 
     if ranks.is_main:
-        export_policy(trainer.generator, policy.tokenizer, output / "policy")
+        export_policy(trainer.generator, policy.tokenizer, policy.stop_ids, output / "policy")
         judge = f", judge: {reward.judge.label}" if isinstance(reward, PermReward) else ""
         print(summary(before, after, output, config.reward + judge))
     if hasattr(reward, "close"):
@@ -238,7 +240,7 @@ def make_output(config: RunConfig, ranks: Ranks) -> Path:
     """The run folder with the run's settings in it."""
     output = Path(config.output)
     if ranks.is_main:
-        if (output / "config.toml").exists():
+        if any((output / name).exists() for name in RUN_FILES):
             raise ConfigError(f"output = {output}: holds a run already; name another folder")
         try:
             output.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,6 @@ the prompt is computed once for all of them.
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 import sys
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from data.demonstrations import demonstrate, mix_records
 from data.tiny_policy import new_policy, sharpen, train_tokenizer
 from grpo.config_loader import ConfigError
 from grpo.packing import pack
+from grpo.parallel import cast_copy
 from grpo.policy import Policy, load_policy, stop_ids
 from grpo.shared_prefix import use_shared_prefix
 from perm_reward import Seeker, policy_messages
@@ -152,7 +152,7 @@ def share_well_formed(
     """How many samples on `records`, at temperature 1, are in the required form: from 0 to 1."""
     torch.manual_seed(seed)
     # Sampled from a copy in the compute type, as in training by reward.
-    model = copy.deepcopy(policy.model).to(compute_dtype).eval()
+    model = cast_copy(policy.model, compute_dtype)
     texts = []
     for record in records:
         prompt = torch.tensor([encode_prompt(policy.tokenizer, record)], device=model.device)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -33,7 +34,6 @@ def completion_logprobs(
     Returns one tensor [T_i] per completion, in at least float32, differentiable where gradients
     are on. Source: the autoregressive factorisation, over a packed row (see shared_prefix.py).
     """
-    use_shared_prefix(model)
     row = pack([(prompt, completions)], model.device)
     logprobs, _ = score(model, row, temperature)
     return list(logprobs.split(row.lengths))
@@ -51,6 +51,7 @@ def score(model: PreTrainedModel, row: PackedRow, temperature: float) -> tuple[T
 
 def score_row(model: PreTrainedModel, row: PackedRow, temperature: float) -> tuple[Tensor, Tensor]:
     """`score` for a model whose parameters are at hand."""
+    use_shared_prefix(model)
     hidden = model.get_decoder()(
         input_ids=row.token_ids,
         position_ids=row.position_ids,
@@ -60,7 +61,9 @@ def score_row(model: PreTrainedModel, row: PackedRow, temperature: float) -> tup
         attend=row.attend,
     ).last_hidden_state[0]
     weight = model.get_output_embeddings().weight
-    return TokenLogprobs.apply(hidden[row.predictors], weight, row.targets, temperature)
+    # Not hidden[predictors]: its backward adds up repeated places in whatever order threads come.
+    predicting = F.embedding(row.predictors, hidden)
+    return TokenLogprobs.apply(predicting, weight, row.targets, temperature)
 
 
 def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:

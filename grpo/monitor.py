@@ -1,6 +1,7 @@
 """What a step looked like in numbers, and the files they go to."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -10,6 +11,7 @@ from grpo.rollout import Completion, Group
 
 # A mean |log p of generation − log p of training| that bfloat16 explains: 0.003 to 0.02 were seen.
 LARGEST_LOGPROB_DIFFERENCE = 0.05
+LARGEST_UNSCORED_SHARE = 0.2
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -18,7 +20,8 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     reward_mean, reward_std: over all scored completions; reward_std_in_group: mean over groups;
     unscored: completions without a reward; zero_spread_groups: part of the groups with nothing to
     compare; completion_tokens_mean, _max; truncated: part that no stop token ended; and the mean of
-    every number that the reward gave with its completions, as details.<its path>.
+    every number that the reward gave with its completions, as details.<its path>; and how often
+    each cause of a missing verdict was met, as missing.<cause>.
     """
     completions = [completion for group in groups for completion in group.completions]
     rewards = scored(completions)
@@ -28,25 +31,44 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "reward_mean": mean(rewards),
         "reward_std": spread(rewards),
         "reward_std_in_group": mean([spread(values) for values in by_group]),
+        "completions": len(completions),
         "unscored": len(completions) - len(rewards),
         "zero_spread_groups": mean([float(len(set(values)) < 2) for values in by_group]),
         "completion_tokens_mean": mean(lengths),
         "completion_tokens_max": max(lengths),
         "truncated": mean([float(c.finish_reason == "length") for c in completions]),
         **detail_means(completions),
+        **missing_causes(completions),
     }
+
+
+def missing_causes(completions: Sequence[Completion]) -> dict[str, float]:
+    """How often each cause that the reward names (a list `causes` in its details) was met."""
+    causes = Counter(cause for c in completions for cause in c.details.get("causes", ()))
+    return {f"missing.{cause}": count for cause, count in sorted(causes.items())}
 
 
 def warnings_of(metrics: Mapping[str, float]) -> list[str]:
     """What in the metrics of a step should worry whoever watches the run, in plain words."""
+    warnings = []
     difference = metrics["rollout_logprob_difference"]
-    if difference <= LARGEST_LOGPROB_DIFFERENCE:
-        return []
-    return [
-        f"log-probs of generation and training differ by {difference:.3f} on average (rounding "
-        "explains a few hundredths at most): the ratio does not start at 1; try "
-        "policy.compute_dtype = float32"
-    ]
+    if difference > LARGEST_LOGPROB_DIFFERENCE:
+        warnings.append(
+            f"log-probs of generation and training differ by {difference:.3f} on average "
+            "(rounding explains a few hundredths at most): the ratio does not start at 1; try "
+            "policy.compute_dtype = float32"
+        )
+    if metrics["unscored"] > LARGEST_UNSCORED_SHARE * metrics["completions"]:
+        causes = ", ".join(
+            f"{name.removeprefix('missing.')} ({count:.0f})"
+            for name, count in metrics.items()
+            if name.startswith("missing.")
+        )
+        warnings.append(
+            f"{metrics['unscored']:.0f} of {metrics['completions']:.0f} completions have no "
+            f"reward; causes: {causes or 'the reward function gave None'}"
+        )
+    return warnings
 
 
 def detail_means(completions: Sequence[Completion]) -> dict[str, float]:
@@ -88,6 +110,7 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Append one JSON object to a JSON lines file."""
+    """Append one JSON object to a JSON lines file; NaN, which JSON does not know, as null."""
+    known = {k: None if v != v else v for k, v in values.items()}
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values, ensure_ascii=False) + "\n")
+        file.write(json.dumps(known, ensure_ascii=False) + "\n")

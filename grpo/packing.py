@@ -70,8 +70,8 @@ class PackedRow:
         key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
         outputs = []
         for tree in self.trees:
-            prompt = [x[:, :, tree.start : tree.end] for x in (query, key, value)]
-            outputs.append(F.scaled_dot_product_attention(*prompt, is_causal=True, scale=scaling))
+            q, k, v = (x[:, :, tree.start : tree.end] for x in (query, key, value))
+            outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
             if tree.branches.numel():
                 outputs.append(_attend_branches(tree, query, key, value, scaling))
         return torch.cat(outputs, dim=2).index_select(2, self.order)
@@ -110,8 +110,11 @@ def pack(groups: Sequence[Group], device: torch.device | str) -> PackedRow:
     """Lay groups out as one row.
 
     The last token of a completion predicts nothing that is scored, so it is not in the row: a
-    completion of one token costs nothing beyond its prompt.
+    completion of one token costs nothing beyond its prompt. Raises ValueError where a prompt or a
+    completion has no token.
     """
+    if not all(len(tokens) for prompt, completions in groups for tokens in (prompt, *completions)):
+        raise ValueError("an empty prompt or completion cannot be scored: leave it out")
     token_ids: list[int] = []
     position_ids: list[int] = []
     tree: list[int] = []

@@ -1,10 +1,12 @@
 """Loading a policy: a causal language model, its tokenizer, and the tokens that end a turn."""
 
-import logging
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -63,9 +65,10 @@ def load_policy(name: str, device: torch.device) -> Policy:
     tokenizer = load_tokenizer(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise _not_found(name, error) from error
     model = model.eval().to(device)
+    switch_dropout_off(model)
     try:
         check_packing(model)
     except UnsupportedModel as error:
@@ -73,14 +76,37 @@ def load_policy(name: str, device: torch.device) -> Policy:
             f"policy.model = {name}: {error}; only models whose layers are all full attention "
             "(Llama, Qwen2, Qwen3, Mistral without a window, …) can share a prefix"
         ) from error
-    return Policy(model, tokenizer, stop_ids(model, tokenizer))
+    stops = stop_ids(model, tokenizer)
+    if not stops:
+        raise ConfigError(
+            f"policy.model = {name}: neither its generation config nor its tokenizer names a token "
+            "that ends a turn; set eos_token_id in its generation_config.json"
+        )
+    return Policy(model, tokenizer, stops)
+
+
+def switch_dropout_off(model: PreTrainedModel) -> None:
+    """Dropout would make the scored policy another one than the policy that sampled."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            cast(Any, module).attention_dropout = 0.0
 
 
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
 ) -> tuple[str, list[int]]:
     """A chat prompt as text and as token ids, up to where the assistant begins to write."""
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        text = str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+    except Exception as error:  # templates raise what they like
+        raise ConfigError(
+            f"policy.model: its chat template refuses the prompt ({error}); use a model whose "
+            "template takes a system message"
+        ) from error
     # The template has written the special tokens; the tokenizer must not add its own again.
     return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -108,7 +134,7 @@ def check_packing(model: PreTrainedModel) -> None:
         separate = [_separate_logprobs(model, prompt, completion) for completion in completions]
         try:
             packed = completion_logprobs(model, prompt, completions)
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RuntimeError, KeyError) as error:
             raise UnsupportedModel(f"attention cannot be replaced ({error})") from error
     worst = max(float((a - b).abs().max()) for a, b in zip(packed, separate, strict=True))
     if not worst <= PACKING_TOLERANCE:
@@ -122,8 +148,11 @@ def _separate_logprobs(model: PreTrainedModel, prompt: list[int], completion: li
 
 
 def _not_found(name: str, error: Exception) -> ConfigError:
-    logging.getLogger(__name__).debug("loading %s failed", name, exc_info=error)
+    if Path(name).is_dir():
+        cause = str(error).strip().splitlines()[0]
+        return ConfigError(f"policy.model = {name}: the folder cannot be loaded: {cause}")
     return ConfigError(
-        f"policy.model = {name}: no such folder, and the hub does not know it or cannot be "
-        "reached; give the folder of a saved causal language model or a hub name"
+        f"policy.model = {name}: no such folder, and the hub does not know it, does not give "
+        "it out, or cannot be reached; give the folder of a saved causal language model, or a hub "
+        "name (a gated one needs HF_TOKEN)"
     )

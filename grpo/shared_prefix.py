@@ -80,6 +80,8 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UnsupportedModel(f"layers of the kinds {', '.join(sorted(kinds))}")
+    if not hasattr(model.get_decoder(), "layers"):
+        raise UnsupportedModel("no list of decoder layers")
     if model.get_output_embeddings() is None or model.get_output_embeddings().bias is not None:
         raise UnsupportedModel("no language-model head, or one with a bias")
 

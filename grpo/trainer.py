@@ -51,6 +51,7 @@ class Trainer:
     reward: RewardFunction
     steps: int
     seconds: dict[str, float] = field(default_factory=dict)
+    micro_batches: list["MicroBatch"] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.policy, self.config.train)
@@ -59,10 +60,11 @@ class Trainer:
         self.policy.train()
         self.generator = plain_copy(self.policy)
 
-    def step(self, step: int, prompts: Sequence[Prompt]) -> tuple[list[Group], dict[str, float]]:
-        """One step on `prompts` (those of all ranks), numbered from 0.
+    def rollout(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
+        """First half of a step: sample → reward → advantage, on `prompts` (those of all ranks).
 
-        Returns the groups of all ranks, in the order of `prompts`, and the metrics of the step.
+        Steps are numbered from 0. Returns the groups of all ranks, in the order of `prompts`; this
+        rank's share waits for `update`.
         """
         self.seconds = {}
         mine = self.ranks.deal(list(prompts))
@@ -70,23 +72,29 @@ class Trainer:
         rows = [self.pack(group) for group in groups]
         with self.timed("reference"):
             reference = [self.reference_logprobs(row) for row in rows]
-        with self.timed("reward"):
+        with self.timed("reward"), self.ranks.failing_together():
             calls.finish(groups)
         everyone = self.ranks.collect(groups)
         set_advantages(everyone, self.config.grpo.advantage_scale)
-        micro_batches = map(self.micro_batch, self.ranks.deal(everyone), rows, reference)
+        scored = self.ranks.deal(everyone)
+        self.micro_batches = list(map(self.micro_batch, scored, rows, reference))
+        return everyone
+
+    def update(self, step: int) -> dict[str, float]:
+        """Second half of a step: one update on the rollout. Returns its metrics, with times."""
         with self.timed("update"):
-            metrics = self.update(list(micro_batches), step)
+            metrics = self.update_on(self.micro_batches, step)
         with self.timed("refill"):
             self.generator = plain_copy(self.policy)
-        return everyone, metrics | {f"seconds_{name}": s for name, s in self.seconds.items()}
+        return metrics | {f"seconds_{name}": s for name, s in self.seconds.items()}
 
     def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         """Completions and rewards for held-out prompts, of all ranks, in order."""
         groups, calls = self.sample(
             self.ranks.deal(list(prompts)), HELDOUT_STEP, self.config.evaluation.samples
         )
-        calls.finish(groups)
+        with self.ranks.failing_together():
+            calls.finish(groups)
         return self.ranks.collect(groups)
 
     # --- sample ------------------------------------------------------------------------------
@@ -136,7 +144,7 @@ class Trainer:
 
     # --- update ------------------------------------------------------------------------------
 
-    def update(self, micro_batches: Sequence["MicroBatch"], step: int) -> dict[str, float]:
+    def update_on(self, micro_batches: Sequence["MicroBatch"], step: int) -> dict[str, float]:
         """Gradients of every micro-batch, then one step of the optimiser.
 
         The denominators count the tokens and completions of all ranks, so that the gradient is
@@ -276,9 +284,10 @@ def set_advantages(groups: Sequence[Group], scale: str) -> None:
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Recompute each layer's activations in the backward pass."""
-    # transformers 5.17 knows only the old name, which later ones warn of.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:  # transformers before 5.23 or so
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:

@@ -59,7 +59,8 @@ def train(ranks: Ranks, seed: int) -> dict:
     ]
     rollouts, metrics, copies = [], [], [weights_of(trainer.generator)]
     for step in range(STEPS):
-        groups, numbers = trainer.step(step, prompts[step * 3 : step * 3 + 3])
+        groups = trainer.rollout(step, prompts[step * 3 : step * 3 + 3])
+        numbers = trainer.update(step)
         rollouts.append(groups)
         metrics.append({k: v for k, v in numbers.items() if not k.startswith("seconds")})
         copies.append(weights_of(trainer.generator))
@@ -93,7 +94,7 @@ def gradient_of_recorded(ranks: Ranks, seed: int) -> dict:
     }
     trainer.config.train.learning_rate = 1.0
     trainer.config.train.warmup_fraction = 0.0
-    metrics = trainer.update(list(map(trainer.micro_batch, groups, rows, reference)), 0)
+    metrics = trainer.update_on(list(map(trainer.micro_batch, groups, rows, reference)), 0)
     after = {name: p.full_tensor().detach() for name, p in trainer.policy.named_parameters()}
     return {"metrics": metrics, "gradient": {n: before[n] - after[n] for n in before}}
 

@@ -53,6 +53,16 @@ def test_a_rollout_reads_back_bit_for_bit(tmp_path) -> None:
 
 
 def test_a_mismatch_of_generation_and_training_is_warned_of() -> None:
-    assert warnings_of({"rollout_logprob_difference": 0.01}) == []
-    (warning,) = warnings_of({"rollout_logprob_difference": 0.2})
+    healthy = {"rollout_logprob_difference": 0.01, "unscored": 2, "completions": 10}
+    assert warnings_of(healthy) == []
+    (warning,) = warnings_of(healthy | {"rollout_logprob_difference": 0.2})
     assert "0.200" in warning and "policy.compute_dtype" in warning
+
+
+def test_missing_rewards_are_warned_of_with_their_causes() -> None:
+    groups = [group([None, 1.0], [1, 1])]
+    groups[0].completions[0].details = {"causes": ["reception: timeout", "expression: http 500"]}
+    metrics = rollout_metrics(groups)
+    assert metrics["missing.reception: timeout"] == 1
+    (warning,) = warnings_of({"rollout_logprob_difference": 0.0, **metrics})
+    assert "1 of 2 completions" in warning and "reception: timeout (1)" in warning

@@ -85,24 +85,24 @@ def test_what_a_run_leaves_behind(
 def test_the_saved_policy_loads_and_generates_the_same_greedy_tokens(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    generators = []
+    exported = []
     original = train.export_policy
-    monkeypatch.setattr(
-        train,
-        "export_policy",
-        lambda model, *rest: (generators.append(model), original(model, *rest)),
-    )
+
+    def keep(*arguments: object) -> None:
+        exported.append(arguments)
+        original(*arguments)
+
+    monkeypatch.setattr(train, "export_policy", keep)
     settings = {"policy.compute_dtype": "float32", "train.learning_rate": 1e-3}
     run(monkeypatch, tmp_path, **settings)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "policy")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     groups = list(read_groups(tmp_path / "heldout.jsonl", step=0))
     prompts = [group.prompt.token_ids for group in groups]
-    stops = loaded.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [stops]
-    assert tokenizer.eos_token_id in stops
+    model, _, stops, _ = exported[0]
+    assert tokenizer.eos_token_id in stops and len(stops) == 2
     ours = generate_groups(
-        generators[0],
+        model,
         prompts,
         group_size=1,
         max_new_tokens=40,

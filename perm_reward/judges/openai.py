@@ -36,12 +36,14 @@ class OpenAIJudge:
             choice = await self._ask(messages)
         except Exception as error:
             return Verdict(role, None, "", failure=_failure(error))
-        reply = self._without_key(choice.message.content or "")
+        reply = choice.message.content or ""
         cut_off = choice.finish_reason == "length"
         # The last word of a reply that was cut off may be half a number: "Total: 8" of "Total: 83".
         last_word = max(reply.rfind(" "), reply.rfind("\n")) + 1
         readable = reply[:last_word] if cut_off else reply
         score = parse_bystander(readable) if role == "bystander" else parse_score(readable)
+        # Only what is kept is cleared of the key: a short one may well be part of a score.
+        reply = self._without_key(reply)
         if score is not None:
             return Verdict(role, score, reply)
         unread = "unparsable" if reply.strip() else "empty reply"
