@@ -127,6 +127,32 @@ def test_a_fresh_policy_has_log_ratio_zero_and_kl_zero() -> None:
         assert torch.equal(a.detach(), b)
 
 
+def test_gradients_are_the_same_bits_each_time() -> None:
+    """All completions are predicted by the prompt's last place; their gradients are added there in
+    a fixed order, also when two threads work. (Plain indexing adds them as threads come.)"""
+    seed = fresh_seed()
+    generator = torch.Generator().manual_seed(seed)
+    model = tiny_model("llama", seed)
+    prompt, *completions = (
+        torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in [20] + [12] * 96
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, *others = (
+            gradients(model, completion_logprobs(model, prompt, completions)) for _ in range(6)
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_an_empty_prompt_or_completion_is_refused() -> None:
+    for group in (([], [[1]]), ([1], [[2], []])):
+        with pytest.raises(ValueError, match="empty"):
+            completion_logprobs(tiny_model(), *group)
+
+
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,

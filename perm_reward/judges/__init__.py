@@ -57,7 +57,7 @@ class JudgeConfig:
     max_retries: int = 4
     """how often a call is tried again after a time-out, lost connection, rate limit or http 5xx"""
     concurrency: int = 64
-    """calls in flight at once"""
+    """calls in flight at once, on each rank"""
 
     def __post_init__(self) -> None:
         require(self, "kind", self.kind in ("lexical", "openai"), "lexical or openai")
