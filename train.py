@@ -65,7 +65,8 @@ def main() -> None:
         with start_ranks(pick_device(config.policy.device)) as ranks:
             train(config, ranks)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
+        # Rank 0 speaks for all; where RANK stands alone in the environment there is nobody else.
+        if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -185,6 +186,12 @@ def make_prompts(
     for i, record in enumerate(records):
         messages = policy_messages(Seeker(record.persona, record.scenario, record.query))
         text, token_ids = encode_chat(tokenizer, messages)
+        if not token_ids:
+            raise ConfigError(
+                f"policy.model = {config.policy.model}: record {i + 1} of {setting} makes an empty "
+                "prompt; see that the tokenizer's files are all there (tokenizer.json) and that "
+                "its chat template writes the messages"
+            )
         if len(token_ids) > config.rollout.max_prompt_tokens:
             raise ConfigError(
                 f"rollout.max_prompt_tokens = {config.rollout.max_prompt_tokens}: record {i + 1} "
@@ -223,16 +230,16 @@ def prompts_of_step(prompts: Sequence[Prompt], step: int, config: RunConfig) -> 
 
 
 def make_reward(config: RunConfig, ranks: Ranks) -> RewardFunction:
-    """The reward function, its judge tried once by the main rank."""
+    """The reward function; the judge's key is looked for on every rank, the judge tried on one."""
     if config.reward != "perm":
         sys.path.insert(0, os.getcwd())
         return import_reward(config.reward)
-    judge = make_judge(config.judge)
-    if ranks.is_main:
-        try:
+    try:
+        judge = make_judge(config.judge)
+        if ranks.is_main:
             judge.check()
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return PermReward(judge, config.perm)
 
 

@@ -91,14 +91,19 @@ class GRPOConfig:
     """completions sampled per prompt (G); their mean reward is the baseline"""
     prompts_per_step: int = 8
     """prompts per update, over all ranks together"""
+    updates_per_rollout: int = 1
+    """updates made on each rollout, every one on its share of the prompts (a minibatch)"""
     objective: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dapo"
     """form of the loss: how ratios are clipped and what the sum is divided by"""
     clip_low: float | None = None
-    """the ratio is clipped at 1 - clip_low; none: the objective's own"""
+    """the ratio is clipped at 1 - clip_low; none: the objective's own; no clip acts with
+    one update per rollout: the ratio is 1 then"""
     clip_high: float | None = None
-    """the ratio is clipped at 1 + clip_high (cispo: at clip_high); none: the objective's own"""
+    """the ratio is clipped at 1 + clip_high (cispo: at clip_high); none: the objective's own;
+    does not act with one update per rollout"""
     dual_clip: float | None = None
-    """bound on the ratio where the advantage is negative, such as 3; none: no bound"""
+    """bound on the ratio where the advantage is negative, such as 3; none: no bound; does not act
+    with one update per rollout"""
     kl_coef: float = 0.01
     """weight of the KL term towards the reference policy (beta); 0: no reference is kept"""
     kl_estimator: Literal["k2", "k3", "k3_is"] = "k3"
@@ -110,6 +115,10 @@ class GRPOConfig:
         no_group = "at least 2 (a group of one has no baseline)"
         check(self, "group_size", self.group_size >= 2, no_group)
         check(self, "prompts_per_step", self.prompts_per_step >= 1, "at least 1")
+        updates, prompts = self.updates_per_rollout, self.prompts_per_step
+        divides = updates >= 1 and prompts % updates == 0
+        whole_share = f"a divisor of prompts_per_step ({prompts})"
+        check(self, "updates_per_rollout", divides, whole_share)
         clip_low, clip_high = self.clip_low, self.clip_high
         check(self, "clip_low", clip_low is None or 0 <= clip_low <= 1, "0 to 1, or none")
         check(self, "clip_high", clip_high is None or clip_high >= 0, "0 or more, or none")
@@ -123,7 +132,7 @@ class TrainConfig:
     """The optimiser and its schedule."""
 
     steps: int = 0
-    """updates; 0: one epoch over the records"""
+    """rollouts; 0: one epoch over the records"""
     learning_rate: float = 1e-6
     """highest learning rate, reached at the end of warm-up"""
     warmup_fraction: float = 0.1
@@ -140,11 +149,14 @@ class TrainConfig:
     """AdamW: decoupled weight decay"""
     max_gradient_norm: float = 1.0
     """gradients with a larger norm are scaled down to it"""
+    tokens_per_row: int = 8192
+    """tokens run through the model at once: short groups are packed together, long ones split"""
     gradient_checkpointing: bool = True
     """recompute activations in the backward pass: less memory, more time"""
 
     def __post_init__(self) -> None:
         check(self, "steps", self.steps >= 0, "0 (one epoch) or more")
+        check(self, "tokens_per_row", self.tokens_per_row >= 1, "at least 1")
         check(self, "learning_rate", self.learning_rate > 0, "above 0")
         check(self, "warmup_fraction", 0 <= self.warmup_fraction <= 1, "0 to 1")
         for beta in ("adam_beta1", "adam_beta2"):

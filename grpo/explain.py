@@ -9,6 +9,7 @@ shows the mean, the standard deviation and the advantages of a group, at each sc
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -43,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     groups = parser.parse_args([f" {a}" if _is_number(a) else a for a in arguments]).rewards
     if len(groups) > 1:
         parser.error("--rewards is given twice; give the rewards of one group")
-    print(explain_rewards(groups[0]))
+    try:
+        print(explain_rewards(groups[0]), flush=True)
+    except BrokenPipeError:  # who reads, `head` perhaps, has seen enough: what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain_rewards(rewards: Sequence[float]) -> str:

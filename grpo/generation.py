@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo.packed_linear import packed_linear_layers
 from grpo.parallel import plain_copy
 from grpo.rollout import Completion
 from grpo.sampling import Sampling, random_key, sample, uniform
@@ -77,7 +78,7 @@ def generate_groups(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode(), packed_linear_layers(model):
             batch = Batch(model, prompts, waiting, max_rows, sampling, stop_ids)
             while waiting or batch.rows:
                 while waiting and batch.has_room(len(waiting[0])):
@@ -226,8 +227,10 @@ class Batch:
             lane_of_row=torch.tensor(lane_of_row, device=device),
             row_of_lane=torch.tensor(row_of_lane, device=device),
             prompt_length=torch.tensor(prompt_length, device=device),
+            rows=torch.arange(padded, device=device),
             slots=slots,
             prefix_tokens=max(self.prompt_lengths[:slots]),
+            in_order=row_of_lane == lane_of_row == list(range(padded)),
         )
         # Spare rows stay where they are: their place must remain inside the cache.
         self.alive = torch.tensor([row in self.rows for row in range(padded)], device=device)
@@ -272,7 +275,7 @@ class Batch:
             ],
             dim=-1,
         )
-        mask = torch.zeros(visible.shape, dtype=self.head.weight.dtype, device=length.device)
+        mask = torch.zeros(visible.shape, dtype=torch.float32, device=length.device)
         return mask.masked_fill(~visible, float("-inf"))[:, None, None]
 
     def _append(self, rows: Tensor, logits: Tensor) -> None:

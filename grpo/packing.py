@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # (prompt, completions), as token ids
+Part = tuple[int, list[int]]  # (index of a group, indices of some of its completions)
 
 
 @dataclass
@@ -157,6 +158,40 @@ def pack(groups: Sequence[Group], device: torch.device | str) -> PackedRow:
         targets=row(targets),
         lengths=[len(c) for _, completions in groups for c in completions],
     )
+
+
+def plan_rows(groups: Sequence[Sequence[int]], budget: int) -> list[list[Part]]:
+    """Which completions share a row, so that none has more than `budget` tokens where that is
+    possible: short groups together, a long one split, with its prompt repeated.
+
+    groups: for each the tokens of its prompt, then of its completions. Each part goes into the
+    first row with room for it. A row holds at least one completion, whatever its length.
+    """
+    rows: list[list[Part]] = []
+    room: list[int] = []
+    for group, (prompt, *completions) in enumerate(groups):
+        for indices in _split(prompt, completions, budget):
+            cost = prompt + sum(completions[i] - 1 for i in indices)
+            row = next((r for r, left in enumerate(room) if cost <= left), len(rows))
+            if row == len(rows):
+                rows.append([])
+                room.append(budget)
+            rows[row].append((group, indices))
+            room[row] -= cost
+    return rows
+
+
+def _split(prompt: int, completions: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of a group's completions, cut where prompt and completions exceed the budget."""
+    parts: list[list[int]] = []
+    cost = 0
+    for i, tokens in enumerate(completions):
+        if not parts or cost + tokens - 1 > budget:
+            parts.append([])
+            cost = prompt
+        parts[-1].append(i)
+        cost += tokens - 1
+    return parts
 
 
 def tree_mask(tree: Tensor, branch: Tensor) -> Tensor:

@@ -26,6 +26,9 @@ from grpo.logprobs import score_row
 
 T = TypeVar("T")
 
+# What a process must know to find the others.
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -64,9 +67,10 @@ class Ranks:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """What goes wrong with a setting on one rank is raised on all of them, in the same words.
+        """What goes wrong with a setting on one rank is raised on all of them.
 
-        Else the other ranks would wait for ever at their next collective.
+        Else the other ranks would wait for ever at their next collective. A rank on which nothing
+        went wrong says on which rank it did: its own environment may look right.
         """
         error: ConfigError | None = None
         try:
@@ -75,13 +79,16 @@ class Ranks:
             error = e
         errors: list[str | None] = [None] * self.world_size
         dist.all_gather_object(errors, str(error) if error else None)
-        first = next((message for message in errors if message), None)
-        if first is not None:
-            raise error or ConfigError(first)
+        for rank, message in enumerate(errors):
+            if message is not None:
+                raise error or ConfigError(f"{message} (on rank {rank})")
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this process for the setting policy.device: auto, cpu or cuda."""
+    """The device of this process for the setting policy.device: auto, cpu or cuda.
+
+    Raises ConfigError where there is no CUDA device, or none for each process of this machine.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "policy.device = cuda: PyTorch finds no CUDA device here; set policy.device to cpu "
@@ -89,16 +96,33 @@ def pick_device(name: str) -> torch.device:
         )
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    # Asked for all processes of the machine, so that the main one fails too: it alone speaks.
+    processes = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if processes > torch.cuda.device_count():
+        raise ConfigError(
+            f"policy.device = {name}: {processes} processes on this machine, which shows "
+            f"{torch.cuda.device_count()} CUDA device(s); start as many processes as there are "
+            "devices (torchrun --nproc-per-node)"
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
 
 @contextmanager
 def start_ranks(device: torch.device) -> Iterator[Ranks]:
-    """The process group of torchrun, or a group of one process without it."""
+    """The process group of torchrun, or a group of one process without it.
+
+    Raises ConfigError where the environment says RANK, but not the rest of what torchrun sets.
+    """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
+        if missing := [name for name in TORCHRUN_VARIABLES if name not in os.environ]:
+            raise ConfigError(
+                f"RANK = {os.environ['RANK']}: is in the environment without {', '.join(missing)}; "
+                "unset it, or start with torchrun, which sets all of them"
+            )
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -142,11 +166,16 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def cast_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen copy with parameters in `dtype`. Buffers stay: rotary frequencies need float32."""
-    copy = deepcopy(model).eval().requires_grad_(False)
-    for parameter in copy.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return copy
+    """A frozen copy with parameters in `dtype`. Buffers stay: rotary frequencies need float32.
+
+    Each parameter is cast as it is copied: a copy in bfloat16 never needs the memory of one in
+    float32. A parameter that stands in two places (tied embeddings) does so in the copy.
+    """
+    cast_of = {
+        id(parameter): torch.nn.Parameter(parameter.detach().to(dtype, copy=True), False)
+        for parameter in model.parameters()
+    }
+    return deepcopy(model, cast_of).eval()
 
 
 @torch.no_grad()

@@ -98,8 +98,13 @@ def failed(reward: RewardFunction, error: Exception) -> ConfigError:
     name = getattr(reward, "__name__", type(reward).__name__)
     place = traceback.extract_tb(error.__traceback__)[-1]
     return ConfigError(
-        f"reward function {name}: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+        f"reward function {name}: {in_one_line(error)} ({place.filename}:{place.lineno})"
     )
+
+
+def in_one_line(error: BaseException) -> str:
+    """The type of an error and its message, which may be empty or have several lines."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def import_reward(name: str) -> Any:
@@ -107,10 +112,12 @@ def import_reward(name: str) -> Any:
     module_name, _, function_name = name.partition(":")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a module may raise anything: a script without a guard exits
         raise ConfigError(
-            f"reward = {name}: {type(error).__name__}: {error}; give module:function, the module "
-            "importable from here"
+            f"reward = {name}: {in_one_line(error)}; give module:function, the module importable "
+            "from here"
         ) from error
     if not callable(function):
         raise ConfigError(f"reward = {name}: is no function")

@@ -8,6 +8,7 @@ random number depends neither on the rows beside it, nor on the ranks, nor on th
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Constants of SplitMix64 (Steele, Lea & Flood, "Fast splittable pseudorandom number generators",
@@ -15,6 +16,8 @@ from torch import Tensor
 _GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
+
+BLOCK = 128  # tokens; divides the padded vocabularies of most models
 
 
 @dataclass(frozen=True)
@@ -109,15 +112,31 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probabilities < threshold, float("-inf"))
 
 
-def choose(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Invert the distribution function: the first token whose running total exceeds u · total.
+def choose(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Lay the weights end to end; the token on whose stretch u · total falls.
 
-    logits [R, V], -inf where filtered out; uniforms float64 [R]. Returns token ids [R].
-    The running total is in float64: in float32 the tail of a large vocabulary loses its share.
+    weights [R, V], at least 0 and not all 0, need not add up to 1; uniforms float64 [R] in [0, 1).
+    Returns token ids [R], never one of weight 0. Found in two strides, first the block of tokens,
+    then the token in it, so that running totals can be float64 (in float32 the tail of a large
+    vocabulary loses its share) without a float64 copy of all weights.
     """
-    totals = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    target = uniforms[:, None] * totals[:, -1:]
-    return torch.searchsorted(totals, target, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    blocks = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    totals = blocks.sum(-1)
+    block, rest = _find(totals, uniforms[:, None] * totals.sum(-1, True, dtype=torch.float64))
+    chosen = blocks.gather(1, block[:, None].expand(-1, 1, BLOCK))[:, 0]  # [R, BLOCK]
+    place, _ = _find(chosen, rest)
+    return (block * BLOCK + place)[:, 0]
+
+
+def _find(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the running total of weights [R, N] first exceeds target [R, 1], and how much of the
+    target is left there: both [R, 1]."""
+    totals = weights.cumsum(-1, dtype=torch.float64)
+    # Rounding may have carried the target past either end, where no weight is.
+    below_total = totals[:, -1:].nextafter(totals.new_zeros(()))
+    target = target.clamp(min=0).minimum(below_total)
+    index = torch.searchsorted(totals, target, right=True)
+    return index, target - (totals.gather(1, index) - weights.gather(1, index))
 
 
 def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,16 +147,24 @@ def sample(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> tuple[Tensor
     logits / temperature (temperature 1 when greedy).
     """
     scaled = scale_logits(logits, sampling.temperature)
+    highest = scaled.amax(-1, keepdim=True)
+    weights = (scaled - highest).exp_()  # softmax without its denominator
+    log_total = highest + weights.sum(-1, keepdim=True).log()
     if sampling.temperature == 0:
         tokens = scaled.argmax(-1)
     else:
-        filtered = scaled
-        if sampling.top_k:
-            filtered = keep_top_k(filtered, sampling.top_k)
-        if sampling.top_p < 1:
-            filtered = keep_top_p(filtered, sampling.top_p)
-        if sampling.min_p:
-            filtered = keep_min_p(filtered, sampling.min_p)
-        tokens = choose(filtered, uniforms)
-    chosen = scaled.gather(-1, tokens[:, None])[:, 0]
-    return tokens, chosen - scaled.logsumexp(-1)
+        if sampling.filtered:
+            weights = (filter_logits(scaled, sampling) - highest).exp_()
+        tokens = choose(weights, uniforms)
+    return tokens, (scaled.gather(-1, tokens[:, None]) - log_total)[:, 0]
+
+
+def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The logits of tokens that may not be drawn → -inf. [R, V] → [R, V]."""
+    if sampling.top_k:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits

@@ -90,31 +90,33 @@ def refuse_unsupported(model: PreTrainedModel) -> None:
 class Layout:
     """Which row decodes against which prompt, for R rows over S prompts (slots).
 
-    Rows of one prompt may stand anywhere in the batch. To multiply all of a prompt's queries with
-    its keys at once, they are gathered into W lanes per slot, where W is the largest number of
-    rows that any prompt has; spare lanes repeat row 0 and are never read back.
+    To multiply all queries of a prompt with its keys at once, rows are gathered into W lanes per
+    slot, where W is the largest number of rows that any prompt has; spare lanes repeat row 0 and
+    are never read back. Where every slot has W rows, one after the other, rows are lanes already.
 
-    lane_of_row: [R], its place in [S · W]; row_of_lane: [S · W]; prompt_length: [R], in tokens.
-    slots, prefix_tokens: how many slots, and how many places of each, are in use.
+    lane_of_row: [R], its place in [S · W]; row_of_lane: [S · W]; prompt_length: [R], in tokens;
+    rows: [R], 0 … R - 1; slots, prefix_tokens: how many slots, and how many places of each, are in
+    use; in_order: whether rows are lanes.
     """
 
     lane_of_row: Tensor
     row_of_lane: Tensor
     prompt_length: Tensor
+    rows: Tensor
     slots: int
     prefix_tokens: int
+    in_order: bool
 
     def to_lanes(self, rows: Tensor) -> Tensor:
         """[R, K, Q, X] → [S, K, W · Q, X]: the queries of each prompt side by side."""
-        _, heads, queries, size = rows.shape
-        lanes = rows[self.row_of_lane].view(self.slots, -1, heads, queries, size)
-        return lanes.transpose(1, 2).reshape(self.slots, heads, -1, size)
+        lanes = rows if self.in_order else rows.index_select(0, self.row_of_lane)
+        by_slot = lanes.view(self.slots, -1, *rows.shape[1:]).transpose(1, 2)
+        return by_slot.flatten(2, 3)
 
     def to_rows(self, lanes: Tensor, queries: int) -> Tensor:
         """[S, K, W · Q, X] → [R, K, Q, X]: back to the order of the rows."""
-        slots, heads, _, size = lanes.shape
-        by_lane = lanes.view(slots, heads, -1, queries, size).transpose(1, 2)
-        return by_lane.reshape(-1, heads, queries, size)[self.lane_of_row]
+        rows = lanes.unflatten(2, (-1, queries)).transpose(1, 2).flatten(0, 1)
+        return rows if self.in_order else rows.index_select(0, self.lane_of_row)
 
 
 class SharedPrefixCache:
@@ -122,7 +124,8 @@ class SharedPrefixCache:
 
     Per layer: prefix keys and values [slots, K, prefix_tokens, D]; own keys and values
     [rows, K, own_tokens, D]. Places not yet written hold zeros, never garbage: they are masked,
-    but zero weight times NaN would still be NaN.
+    but zero weight times NaN would still be NaN. On a CPU they are at least float32: there, many
+    small products take twice as long in bfloat16.
     """
 
     def __init__(self, slots: int, prefix_tokens: int, rows: int, own_tokens: int) -> None:
@@ -171,12 +174,13 @@ class SharedPrefixCache:
     def _allocate(self, like: Tensor) -> None:
         """Room for one more layer, its heads and their size read off the first key seen."""
         _, heads, _, size = like.shape
+        dtype = like.dtype if like.is_cuda else torch.promote_types(like.dtype, torch.float32)
         for store, (count, tokens) in (
             (self.prefix, self.prefix_shape),
             (self.own, self.own_shape),
         ):
             shape = (count, heads, tokens, size)
-            store.append((like.new_zeros(shape), like.new_zeros(shape)))
+            store.append((like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)))
 
     def _attend_branches(
         self,
@@ -192,26 +196,25 @@ class SharedPrefixCache:
     ) -> Tensor:
         """softmax over [shared prefix | own branch], each multiplied where its keys lie.
 
-        mask: additive [R, 1, 1, prefix + own]. Grouped-query heads need no copied keys: the
-        H / K query heads of a key-value head are its Q queries.
+        mask: additive [R, 1, 1, prefix + own]. Grouped-query heads need no copied keys: the H / K
+        query heads of a key-value head are its Q queries.
         """
         rows, heads, _, size = query.shape
-        query = query.reshape(rows, key.shape[1], -1, size) * scaling  # [R, K, Q, D]
-        queries = query.shape[2]
+        for kept, new in zip(self.own[layer], (key, value), strict=True):
+            kept[layout.rows, :, own_length] = new[:, :, 0].to(kept.dtype)
         prefix_keys, prefix_values = (
             kept[: layout.slots, :, : layout.prefix_tokens] for kept in self.prefix[layer]
         )
-        each = torch.arange(rows, device=query.device)
-        for kept, new in zip(self.own[layer], (key, value), strict=True):
-            kept[each, :, own_length] = new[:, :, 0]
         own_keys, own_values = (kept[:rows, :, :own_tokens] for kept in self.own[layer])
 
+        query = query.reshape(rows, key.shape[1], -1, size).to(own_keys.dtype) * scaling
+        queries = query.shape[2]
         prefix_scores = layout.to_lanes(query) @ prefix_keys.transpose(-1, -2)
         own_scores = query @ own_keys.transpose(-1, -2)
         scores = torch.cat([layout.to_rows(prefix_scores, queries), own_scores], -1) + mask
         weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        over_prefix, over_own = weights.to(value.dtype).split(
+        over_prefix, over_own = weights.to(own_values.dtype).split(
             [layout.prefix_tokens, own_tokens], -1
         )
         output = layout.to_rows(layout.to_lanes(over_prefix) @ prefix_values, queries)
-        return (output + over_own @ own_values).reshape(rows, heads, 1, size)
+        return (output + over_own @ own_values).reshape(rows, heads, 1, size).to(value.dtype)

@@ -5,10 +5,9 @@ for each step:
     rewards    = reward(groups)                     asked for while others still grow
     advantages = (reward − mean of the group) / std
     loss       = policy gradient, clipped, + β · KL to the reference
-    one step of the optimiser
+    one step of the optimiser, or one for each minibatch of the groups
 """
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,15 +15,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.advantages import group_advantages
-from grpo.config import Config, TrainConfig
+from grpo.batches import MicroBatch, Minibatch, Sample, pack_samples
+from grpo.config import Config
 from grpo.generation import generate_groups
 from grpo.logprobs import score
-from grpo.loss import batch_counts, policy_loss
-from grpo.packing import PackedRow, pack
+from grpo.loss import policy_loss
+from grpo.optimizer import make_optimizer, set_learning_rate
+from grpo.packing import pack
 from grpo.parallel import Ranks, gradient_norm, plain_copy
 from grpo.reward import RewardCalls, RewardFunction
 from grpo.rollout import Completion, Group, Prompt
@@ -51,7 +51,7 @@ class Trainer:
     reward: RewardFunction
     steps: int
     seconds: dict[str, float] = field(default_factory=dict)
-    micro_batches: list["MicroBatch"] = field(default_factory=list)
+    minibatches: list[Minibatch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.policy, self.config.train)
@@ -69,24 +69,37 @@ class Trainer:
         self.seconds = {}
         mine = self.ranks.deal(list(prompts))
         groups, calls = self.sample(mine, step, self.config.grpo.group_size)
-        rows = [self.pack(group) for group in groups]
-        with self.timed("reference"):
-            reference = [self.reference_logprobs(row) for row in rows]
+        samples = [[Sample(g.prompt.token_ids, c) for c in g.completions] for g in groups]
+        with self.timed("reference"):  # while the judges read
+            self.remember_reference(samples)
         with self.timed("reward"), self.ranks.failing_together():
             calls.finish(groups)
         everyone = self.ranks.collect(groups)
         set_advantages(everyone, self.config.grpo.advantage_scale)
-        scored = self.ranks.deal(everyone)
-        self.micro_batches = list(map(self.micro_batch, scored, rows, reference))
+        for own, group in zip(samples, self.ranks.deal(everyone), strict=True):
+            for sample, completion in zip(own, group.completions, strict=True):
+                sample.advantage = completion.advantage
+        self.minibatches = self.split(samples, len(prompts))
         return everyone
 
     def update(self, step: int) -> dict[str, float]:
-        """Second half of a step: one update on the rollout. Returns its metrics, with times."""
+        """Second half of a step: one or several updates on the rollout.
+
+        Returns the metrics, each the mean over updates, with times.
+        """
+        updates = self.config.grpo.updates_per_rollout
+        if updates > 1:
+            with self.timed("old"):
+                self.remember_old()
         with self.timed("update"):
-            metrics = self.update_on(self.micro_batches, step)
+            metrics = [
+                self.update_on(minibatch, step * updates + number)
+                for number, minibatch in enumerate(self.minibatches)
+            ]
         with self.timed("refill"):
             self.generator = plain_copy(self.policy)
-        return metrics | {f"seconds_{name}": s for name, s in self.seconds.items()}
+        means = {name: sum(m[name] for m in metrics) / updates for name in metrics[0]}
+        return means | {f"seconds_{name}": s for name, s in self.seconds.items()}
 
     def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         """Completions and rewards for held-out prompts, of all ranks, in order."""
@@ -130,38 +143,83 @@ class Trainer:
 
     # --- score -------------------------------------------------------------------------------
 
-    def pack(self, group: Group) -> PackedRow:
-        """One row for one group: `[x | y1 | … | yG]`."""
-        completions = [completion.token_ids for completion in group.completions]
-        return pack([(group.prompt.token_ids, completions)], self.ranks.device)
+    def split(self, groups: Sequence[Sequence[Sample]], prompts: int) -> list[Minibatch]:
+        """This rank's groups by the update that is made on them.
+
+        Minibatches are equal parts of the rollout's prompts, whichever rank they are on.
+        """
+        updates = self.config.grpo.updates_per_rollout
+        shares: list[list[Sequence[Sample]]] = [[] for _ in range(updates)]
+        for place, group in zip(self.ranks.deal(list(range(prompts))), groups, strict=True):
+            shares[place * updates // prompts].append(group)
+        return list(map(self.minibatch, shares))
+
+    def minibatch(self, groups: Sequence[Sequence[Sample]]) -> Minibatch:
+        """What one update runs, and how much it counts.
+
+        Without a KL term a completion of advantage 0 has no gradient: it counts, but is not run.
+        """
+        kl_coef = self.config.grpo.kl_coef
+        run = [[s for s in group if kl_coef or s.advantage != 0] for group in groups]
+        return Minibatch(
+            self.pack([group for group in run if group]),
+            tokens=sum(s.tokens for group in groups for s in group),
+            sequences=sum(map(len, groups)),
+        )
+
+    def pack(self, groups: Sequence[Sequence[Sample]]) -> list[MicroBatch]:
+        """`pack_samples` on this rank's device."""
+        return pack_samples(groups, self.config.train.tokens_per_row, self.ranks.device)
 
     @torch.no_grad()
-    def reference_logprobs(self, row: PackedRow) -> Tensor | None:
-        """Log-probs [N] of the row's completion tokens under the reference."""
-        if self.reference is None:
-            return None
-        return score(self.reference, row, self.config.rollout.temperature)[0]
+    def logprobs(self, model: PreTrainedModel, batch: MicroBatch) -> Tensor:
+        """Log-probs [N] of a micro-batch's completion tokens, without a gradient."""
+        return score(model, batch.row, self.config.rollout.temperature)[0]
+
+    def remember_reference(self, groups: Sequence[Sequence[Sample]]) -> None:
+        """Log-probs under the reference, where there is one."""
+        if self.reference is not None:
+            for batch in self.pack(groups):
+                batch.keep("reference", self.logprobs(self.reference, batch))
+
+    def remember_old(self) -> None:
+        """Old log-probs for all updates but the first, from the policy that no update has moved.
+
+        For the first, the old log-probs are the new ones, and no pass is spent on them.
+        """
+        for minibatch in self.minibatches[1:]:
+            for batch in self.same_rounds(minibatch):
+                batch.keep("old", self.logprobs(self.policy, batch))
 
     # --- update ------------------------------------------------------------------------------
 
-    def update_on(self, micro_batches: Sequence["MicroBatch"], step: int) -> dict[str, float]:
-        """Gradients of every micro-batch, then one step of the optimiser.
+    def update_on(self, minibatch: Minibatch, number: int) -> dict[str, float]:
+        """Gradients of every micro-batch, then one step of the optimiser, the number-th of the run.
 
         The denominators count the tokens and completions of all ranks, so that the gradient is
-        that of one large batch however it is split. A rank with fewer micro-batches than another
-        runs empty ones in their place: all ranks must take part in every gather of parameters.
+        that of one large batch however it is split.
         """
-        counts = torch.zeros(2, dtype=torch.long, device=self.ranks.device)
-        for batch in micro_batches:
-            counts += torch.stack(batch_counts(batch.mask))
-        tokens, sequences = self.ranks.sum(counts).unbind()
-        rounds = int(self.ranks.largest(self.tensor([len(micro_batches)])))
-        empty = [self.empty_micro_batch() for _ in range(rounds - len(micro_batches))]
-
-        learning_rate = set_learning_rate(self.optimizer, self.config.train, step, self.steps)
+        batches = minibatch.micro_batches
+        counts = self.ranks.sum(
+            self.tensor(
+                [
+                    minibatch.tokens,
+                    minibatch.sequences,
+                    sum(batch.row.targets.numel() for batch in batches),
+                    sum(len(batch.samples) for batch in batches),
+                ]
+            )
+        )
+        tokens, sequences, tokens_run, sequences_run = counts.unbind()
+        learning_rate = set_learning_rate(
+            self.optimizer,
+            self.config.train,
+            number,
+            self.steps * self.config.grpo.updates_per_rollout,
+        )
         sums: dict[str, Tensor] = {}
         worst = self.tensor([0.0])
-        for batch in [*micro_batches, *empty]:
+        for batch in self.same_rounds(minibatch):
             stats, difference = self.backward(batch, tokens, sequences)
             worst = torch.maximum(worst, difference)
             for name, value in stats.items():
@@ -170,6 +228,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+        self.undilute(
+            sums, tokens / tokens_run.clamp(min=1), sequences / sequences_run.clamp(min=1)
+        )
         totals = self.ranks.sum(torch.stack(list(sums.values())))
         return dict(zip(sums, totals.tolist(), strict=True)) | {
             "gradient_norm": norm,
@@ -178,23 +239,25 @@ class Trainer:
         }
 
     def backward(
-        self, batch: "MicroBatch", tokens: Tensor, sequences: Tensor
+        self, batch: MicroBatch, tokens: Tensor, sequences: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Loss and gradient of one micro-batch. Returns its statistics, which add up over
         micro-batches and ranks, and the largest difference between training's log-probs and those
         that generation recorded.
 
-        With one update per rollout the policy has not moved since it sampled: its own log-probs,
-        without their gradient, are the old ones, and no pass is spent on them.
+        In the first update on a rollout the policy has not moved since it sampled: its own
+        log-probs, without their gradient, are the old ones.
         """
         grpo = self.config.grpo
         logprobs, entropy = score(self.policy, batch.row, self.config.rollout.temperature)
         logp = batch.by_completion(logprobs)
+        old, reference = batch.kept("old"), batch.kept("reference")
+        recorded = self.tensor([p for s in batch.samples for p in s.completion.logprobs])
         loss, stats = policy_loss(
             logp,
-            logp.detach(),
-            None if batch.reference is None else batch.by_completion(batch.reference),
-            batch.advantages,
+            logp.detach() if old is None else old,
+            reference,
+            self.tensor([sample.advantage for sample in batch.samples]),
             batch.mask,
             objective=grpo.objective,
             clip_low=grpo.clip_low,
@@ -207,32 +270,37 @@ class Trainer:
             sequence_count=sequences,
         )
         loss.backward()
-        difference = (logp.detach() - batch.by_completion(batch.recorded)).abs() * batch.mask
+        difference = (logp.detach() - batch.by_completion(recorded)).abs() * batch.mask
         stats["entropy"] = (batch.by_completion(entropy) * batch.mask).sum() / tokens
         stats["rollout_logprob_difference"] = difference.sum() / tokens
         return stats, difference.max().double()
 
+    def undilute(self, sums: dict[str, Tensor], by_token: Tensor, by_sequence: Tensor) -> None:
+        """Make means over all that counts means over what was run. A loss stays: what was not run
+        adds 0 to it."""
+        per_sequence = (
+            ("ratio_", "clip_", "dual_clip_") if self.config.grpo.objective == "gspo" else ()
+        )
+        for name in sums.keys() - {"loss", "policy_loss", "kl_loss"}:
+            sums[name] = sums[name] * (by_sequence if name.startswith(per_sequence) else by_token)
+
     # --- small things ------------------------------------------------------------------------
 
-    def micro_batch(self, group: Group, row: PackedRow, reference: Tensor | None) -> "MicroBatch":
-        """What the update needs of one group."""
-        return MicroBatch(
-            row=row,
-            recorded=self.tensor([p for c in group.completions for p in c.logprobs]),
-            reference=reference,
-            advantages=self.tensor([completion.advantage for completion in group.completions]),
-        )
+    def same_rounds(self, minibatch: Minibatch) -> list[MicroBatch]:
+        """This rank's micro-batches and, where another has more, empty ones: all ranks must take
+        part in every gather of parameters. At least one, so that there are statistics."""
+        batches = minibatch.micro_batches
+        rounds = max(1, int(self.ranks.largest(self.tensor([len(batches)]))))
+        return batches + [self.empty_micro_batch() for _ in range(rounds - len(batches))]
 
-    def empty_micro_batch(self) -> "MicroBatch":
+    def empty_micro_batch(self) -> MicroBatch:
         """One token that does not count: a part in the collectives with a gradient of zero."""
-        zero = self.tensor([0.0])
-        return MicroBatch(
-            row=pack([(self.stop_ids[:1], [self.stop_ids[:1]])], self.ranks.device),
-            recorded=zero,
-            reference=None if self.reference is None else zero,
-            advantages=zero,
-            counts=False,
-        )
+        sample = Sample(self.stop_ids[:1], Completion(self.stop_ids[:1], [0.0], "stop"))
+        row = pack([(sample.prompt, [sample.completion.token_ids])], self.ranks.device)
+        batch = MicroBatch(row, [sample], counts=False)
+        if self.reference is not None:
+            batch.keep("reference", self.tensor([0.0]))
+        return batch
 
     def tensor(self, values: list) -> Tensor:
         """A tensor on this rank's device; floats become float64."""
@@ -247,30 +315,6 @@ class Trainer:
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-@dataclass
-class MicroBatch:
-    """One packed row and, for its N completion tokens in S completions, what the loss takes.
-
-    recorded: [N] log-probs of generation; reference: [N] or None; advantages: [S];
-    counts: False for an empty micro-batch.
-    """
-
-    row: PackedRow
-    recorded: Tensor
-    reference: Tensor | None
-    advantages: Tensor
-    counts: bool = True
-
-    def by_completion(self, values: Tensor) -> Tensor:
-        """[N] → [S, T], padded with zeros."""
-        return pad_sequence(values.split(self.row.lengths), batch_first=True)
-
-    @property
-    def mask(self) -> Tensor:
-        """bool [S, T]: which places of `by_completion` hold a token that counts."""
-        return self.by_completion(torch.full_like(self.recorded, self.counts, dtype=torch.bool))
 
 
 def set_advantages(groups: Sequence[Group], scale: str) -> None:
@@ -288,42 +332,3 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:  # transformers before 5.23 or so
         model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the (sharded, float32) parameters."""
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
-
-
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, steps: int
-) -> float:
-    """Set and return the learning rate of a step, counted from 0."""
-    rate = config.learning_rate * learning_rate_factor(config, step, steps)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
-def learning_rate_factor(config: TrainConfig, step: int, steps: int) -> float:
-    """The part of the highest learning rate that step `step` of `steps` has, in (0, 1].
-
-    Warm-up:  (step + 1) / warm-up steps, so that the first step already learns.
-    After it, with x running from 0 towards 1:  linear 1 − x,  cosine (1 + cos πx) / 2,  constant 1.
-    """
-    warmup = math.ceil(config.warmup_fraction * steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    x = (step - warmup) / max(1, steps - warmup)
-    if config.learning_rate_decay == "linear":
-        return 1 - x
-    if config.learning_rate_decay == "cosine":
-        return (1 + math.cos(math.pi * x)) / 2
-    return 1.0

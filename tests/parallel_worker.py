@@ -1,14 +1,17 @@
-"""Run by tests/test_parallel.py in one process or under torchrun: trains a tiny model and saves
+"""Run by tests/test_parallel.py in one process or under torchrun: trains tiny models and saves
 what came out.
 
     parallel_worker.py SEED FOLDER    writes FOLDER/world<n>.pt
 """
 
+import itertools
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from grpo.batches import Sample
 from grpo.config import Config, GRPOConfig, RolloutConfig, TrainConfig
 from grpo.parallel import Ranks, cast_copy, pick_device, shard, start_ranks
 from grpo.rollout import Group, Prompt
@@ -16,6 +19,21 @@ from grpo.trainer import Trainer, set_advantages
 from tests.tiny import tiny_model, tiny_prompts
 
 STEPS = 3
+
+
+class Run(NamedTuple):
+    """What sets one training run apart from another."""
+
+    family: str
+    prompts_per_step: int = 3
+    group_size: int = 4
+
+
+RUNS = {
+    "untied": Run("qwen2"),  # three prompts: two ranks get two of them and one
+    "tied": Run("llama"),  # the embeddings are the last layer too
+    "one prompt": Run("qwen2", prompts_per_step=1, group_size=8),  # the second rank gets none
+}
 
 
 class Numbers:
@@ -31,14 +49,19 @@ def reward(prompts: list[str], completions: list[str], **columns: list) -> list[
     return [None if 11 in w else sum(x < 40 for x in w) / len(w) for w in words]
 
 
-def make_trainer(ranks: Ranks, seed: int, dtype: torch.dtype) -> Trainer:
+def make_trainer(ranks: Ranks, seed: int, dtype: torch.dtype, run: Run) -> Trainer:
     config = Config(
         seed=seed,
         rollout=RolloutConfig(max_completion_tokens=20, temperature=0.7),
-        grpo=GRPOConfig(group_size=4, prompts_per_step=3, kl_coef=0.05, objective="dapo"),
-        train=TrainConfig(learning_rate=3e-3, max_gradient_norm=0.5),
+        grpo=GRPOConfig(
+            group_size=run.group_size,
+            prompts_per_step=run.prompts_per_step,
+            kl_coef=0.05,
+            objective="dapo",
+        ),
+        train=TrainConfig(learning_rate=1e-3, max_gradient_norm=0.5),
     )
-    model = tiny_model("qwen2", seed)
+    model = tiny_model(run.family, seed)
     return Trainer(
         config=config,
         ranks=ranks,
@@ -51,21 +74,29 @@ def make_trainer(ranks: Ranks, seed: int, dtype: torch.dtype) -> Trainer:
     )
 
 
-def train(ranks: Ranks, seed: int) -> dict:
-    """Three steps in float32, of three prompts: two ranks get two of them and one."""
-    trainer = make_trainer(ranks, seed, torch.float32)
+def train(ranks: Ranks, seed: int, run: Run) -> dict:
+    """One held-out prompt, and three steps in float32."""
+    trainer = make_trainer(ranks, seed, torch.float32, run)
     prompts = [
         Prompt(i, str(i), ids, {}) for i, ids in enumerate(tiny_prompts((5, 12, 8) * STEPS, seed))
     ]
+    heldout = trainer.evaluate(prompts[:1])
     rollouts, metrics, copies = [], [], [weights_of(trainer.generator)]
     for step in range(STEPS):
-        groups = trainer.rollout(step, prompts[step * 3 : step * 3 + 3])
+        size = run.prompts_per_step
+        groups = trainer.rollout(step, prompts[step * size : (step + 1) * size])
         numbers = trainer.update(step)
         rollouts.append(groups)
         metrics.append({k: v for k, v in numbers.items() if not k.startswith("seconds")})
         copies.append(weights_of(trainer.generator))
     weights = {name: p.full_tensor().detach() for name, p in trainer.policy.named_parameters()}
-    return {"rollouts": rollouts, "metrics": metrics, "weights": weights, "copies": copies}
+    return {
+        "heldout": heldout,
+        "rollouts": rollouts,
+        "metrics": metrics,
+        "weights": weights,
+        "copies": copies,
+    }
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -82,11 +113,17 @@ def recorded_rollout(trainer: Trainer, prompts: list[Prompt]) -> list[Group]:
 
 def gradient_of_recorded(ranks: Ranks, seed: int) -> dict:
     """Loss and gradient in bfloat16 on a rollout that is the same however many ranks there are."""
-    trainer = make_trainer(ranks, seed, torch.bfloat16)
+    trainer = make_trainer(ranks, seed, torch.bfloat16, RUNS["untied"])
     prompts = [Prompt(i, str(i), p, {}) for i, p in enumerate(tiny_prompts((5, 12, 8), seed))]
     groups = ranks.deal(recorded_rollout(trainer, prompts))
-    rows = [trainer.pack(group) for group in groups]
-    reference = [trainer.reference_logprobs(row) + 0.1 for row in rows]
+    trainer.config.train.tokens_per_row = 1  # the same rows on one rank and on two
+    samples = [
+        [Sample(group.prompt.token_ids, c, advantage=c.advantage) for c in group.completions]
+        for group in groups
+    ]
+    trainer.remember_reference(samples)
+    for sample in itertools.chain(*samples):
+        sample.reference += 0.1
     trainer.config.train.max_gradient_norm = 1e9
     trainer.optimizer = torch.optim.SGD(trainer.policy.parameters(), lr=1.0)
     before = {
@@ -94,7 +131,7 @@ def gradient_of_recorded(ranks: Ranks, seed: int) -> dict:
     }
     trainer.config.train.learning_rate = 1.0
     trainer.config.train.warmup_fraction = 0.0
-    metrics = trainer.update_on(list(map(trainer.micro_batch, groups, rows, reference)), 0)
+    metrics = trainer.update_on(trainer.minibatch(samples), 0)
     after = {name: p.full_tensor().detach() for name, p in trainer.policy.named_parameters()}
     return {"metrics": metrics, "gradient": {n: before[n] - after[n] for n in before}}
 
@@ -103,7 +140,8 @@ def main() -> None:
     seed, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     with start_ranks(pick_device("cpu")) as ranks:
-        results = {"train": train(ranks, seed), "bfloat16": gradient_of_recorded(ranks, seed)}
+        results = {name: train(ranks, seed, run) for name, run in RUNS.items()}
+        results["bfloat16"] = gradient_of_recorded(ranks, seed)
         if ranks.is_main:
             torch.save(results, folder / f"world{ranks.world_size}.pt")
 

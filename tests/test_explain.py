@@ -169,3 +169,18 @@ def test_it_runs_as_a_module_in_a_terminal_that_knows_only_ascii():
     )
     assert result.returncode == 0 and result.stderr == b""
     assert b"the group has no spread" in result.stdout
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    """As under `| head -1`: what nobody reads any more is dropped without a word."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", "grpo.explain", "--rewards", "1", "0", ".5", "0"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+        timeout=120,
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, b"")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from grpo.sampling import random_key
+from tests.parallel_worker import RUNS
 from tests.test_generation import assert_first_difference_is_rounding
 from tests.tiny import fresh_seed, tiny_model
 
@@ -35,21 +36,21 @@ def run_worker(world_size: int, seed: int, folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
-    """What one rank and two ranks made of the same run, and its seed.
+    """What one rank and two ranks made of the same runs.
 
     Each rank decodes other rows together, so a rounding may push a token over a boundary of the
     distribution. Where tokens differ that is shown to be the cause, and another seed is taken.
     """
     folder, seed = tmp_path_factory.mktemp("worlds"), fresh_seed()
     for attempt in range(3):
-        worlds = run_worker(1, seed + attempt, folder), run_worker(2, seed + attempt, folder)
-        if tokens_are_equal(*(world["train"] for world in worlds), seed + attempt):
-            return worlds
+        one, two = (run_worker(size, seed + attempt, folder) for size in (1, 2))
+        if all([tokens_are_equal(one[run], two[run], run, seed + attempt) for run in RUNS]):
+            return one, two
     raise AssertionError("three seeds in a row met a rounding: too many to be chance")
 
 
-def tokens_are_equal(one: dict, two: dict, seed: int) -> bool:
-    model = tiny_model("qwen2", seed)
+def tokens_are_equal(one: dict, two: dict, run: str, seed: int) -> bool:
+    model = tiny_model(RUNS[run].family, seed)
     for step, groups in enumerate(zip(one["rollouts"], two["rollouts"], strict=True)):
         model.load_state_dict(one["copies"][step], strict=False)
         equal = True
@@ -64,36 +65,53 @@ def tokens_are_equal(one: dict, two: dict, seed: int) -> bool:
     return True
 
 
-def test_the_same_rewards_and_advantages(worlds: tuple[dict, dict]) -> None:
-    one, two = (world["train"]["rollouts"] for world in worlds)
+@pytest.mark.parametrize("run", RUNS)
+def test_the_same_rewards_and_advantages(worlds: tuple[dict, dict], run: str) -> None:
+    one, two = (world[run]["rollouts"] for world in worlds)
     for a, b in zip(sum(one, []), sum(two, []), strict=True):
         for x, y in zip(a.completions, b.completions, strict=True):
             assert (x.token_ids, x.reward, x.advantage) == (y.token_ids, y.reward, y.advantage)
 
 
-def test_the_same_losses_and_weights(worlds: tuple[dict, dict]) -> None:
-    one, two = (world["train"] for world in worlds)
+@pytest.mark.parametrize("run", RUNS)
+def test_a_held_out_prompt_for_only_one_of_two_ranks(worlds: tuple[dict, dict], run: str) -> None:
+    (one,), (two,) = (world[run]["heldout"] for world in worlds)
+    assert one.prompt == two.prompt
+    [x], [y] = one.completions, two.completions
+    assert (x.token_ids, x.reward) == (y.token_ids, y.reward)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_same_losses_and_weights(worlds: tuple[dict, dict], run: str) -> None:
+    """Also with tied embeddings, and where a rank without prompts takes part with empty rows."""
+    one, two = (world[run] for world in worlds)
     for a, b in zip(one["metrics"], two["metrics"], strict=True):
         assert a.keys() == b.keys()
         for name in a:
             assert a[name] == pytest.approx(b[name], abs=1e-5), name
+    assert one["weights"].keys() == two["weights"].keys()
+    assert ("lm_head.weight" in two["weights"]) == (run != "tied")
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-5)
 
 
-def test_the_training_moved_the_weights_and_the_copy_followed(worlds: tuple[dict, dict]) -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_the_training_moved_the_weights_and_the_copy_followed(
+    worlds: tuple[dict, dict], run: str
+) -> None:
     for world in worlds:
-        result = world["train"]
+        result = world[run]
         assert result["metrics"][0]["gradient_norm"] > 1e-3
         for name, weight in result["weights"].items():
             assert torch.equal(result["copies"][-1][name], weight), name
             assert not torch.equal(result["copies"][0][name], weight), name
 
 
-def test_kl_and_ratio_before_the_first_update(worlds: tuple[dict, dict]) -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_kl_and_ratio_before_the_first_update(worlds: tuple[dict, dict], run: str) -> None:
     """The reference is the policy itself then: KL is exactly zero, and generation agrees."""
     for world in worlds:
-        first, *later = world["train"]["metrics"]
+        first, *later = world[run]["metrics"]
         assert first["kl"] == 0.0
         assert first["ratio_mean"] == pytest.approx(1.0, abs=1e-6)
         assert first["rollout_logprob_difference_max"] < 1e-5

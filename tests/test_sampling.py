@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from grpo.sampling import Sampling, random_key, sample, uniform
+from grpo.sampling import Sampling, choose, random_key, sample, uniform
 from tests.tiny import fresh_seed
 
 DRAWS = 200_000
@@ -84,3 +84,24 @@ def test_uniform_numbers_are_uniform_along_each_counter(what: str) -> None:
     # Neighbours are not correlated: the correlation of n independent pairs has std 1 / √n.
     correlation = torch.corrcoef(torch.stack([numbers[:-1], numbers[1:]]))[0, 1]
     assert abs(correlation) < 5.5 / n**0.5
+
+
+def test_choice_is_the_inverse_of_the_distribution_function_in_float64() -> None:
+    """Over a vocabulary of several blocks, not a multiple of their size, a third of it weightless,
+    and for uniform numbers at both ends and at every boundary."""
+    seed = fresh_seed()
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(1000, generator=generator, dtype=torch.float64).mul(3).exp()
+    weights[torch.rand(1000, generator=generator) < 1 / 3] = 0
+    weights[:5] = weights[-5:] = 0
+    totals = weights.cumsum(-1) / weights.sum()
+    edges = torch.tensor([0.0, 5e-324, 1 - 2**-53], dtype=torch.float64)
+    boundaries = totals[(totals > 0) & (totals < 1)]
+    drawn = torch.rand(5000, generator=generator, dtype=torch.float64)
+    uniforms = torch.cat([edges, boundaries - 1e-12, boundaries, boundaries + 1e-12, drawn])
+    for dtype, eps in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
+        rows = weights.to(dtype).expand(len(uniforms), -1)
+        tokens = choose(rows, uniforms)
+        assert (weights[tokens] > 0).all()
+        assert (totals[tokens] >= uniforms - eps).all()
+        assert ((totals - weights / weights.sum())[tokens] <= uniforms + eps).all()

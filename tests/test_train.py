@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import data
 import train
 from grpo.generation import generate_groups
+from grpo.parallel import TORCHRUN_VARIABLES, Ranks
 from grpo.rollout import read_groups
 from grpo.sampling import Sampling
 from tests.tiny import fresh_seed
@@ -43,15 +46,25 @@ def without_times(metrics: list[dict]) -> list[dict]:
     return [{k: v for k, v in m.items() if not k.startswith("seconds_")} for m in metrics]
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """To the last bit, with groups large enough for two threads to work on one."""
     seed = fresh_seed()
     for name, used in (("a", seed), ("b", seed), ("c", seed + 1)):
         torch.manual_seed(torch.seed())  # the global random state must not matter
-        run(monkeypatch, tmp_path / name, seed=used)
+        run(monkeypatch, tmp_path / name, seed=used, **{"grpo.group_size": 16})
     a, b, c = (without_times(lines(tmp_path / name / "metrics.jsonl")) for name in "abc")
-    assert a == b
+    assert a == b and all(metrics["gradient_norm"] > 0 for metrics in a)
     assert a != c
     for file in (
         "rollouts.jsonl",
@@ -134,15 +147,26 @@ def test_a_reward_function_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert first[1].reward == -len(first[1].token_ids)
 
 
-def record(query: str = "Nobody came.") -> str:
+def record(query: str = "Nobody came.", scenario: str = "A party.") -> str:
     return json.dumps(
-        {"persona": {"identity": "A baker."}, "scenario": "A party.", "dialogue": [query]}
+        {"persona": {"identity": "A baker."}, "scenario": scenario, "dialogue": [query]}
     )
 
 
 def write(path: Path, text: str) -> str:
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def policy_folder(path: Path, *without: str, template: str | None = None) -> str:
+    """A copy of the embedded policy without some files, or with another chat template."""
+    shutil.copytree(data.embedded_policy(), path, ignore=shutil.ignore_patterns(*without))
+    if template is not None:
+        write(path / "chat_template.jinja", template)
+    return str(path)
+
+
+PARTIES_ONLY = "{% if 'party' in messages[1]['content'] %}{{ messages[1]['content'] }}{% endif %}"
 
 
 # Settings that cannot work, and what the one line must speak of.
@@ -176,6 +200,26 @@ BAD_INPUTS = {
         ),
         "data.heldout_records",
     ),
+    "no tokenizer files": (
+        lambda folder: {"policy.model": policy_folder(folder / "p", "tokenizer*")},
+        "policy.model",
+    ),
+    "only weights and config": (
+        lambda folder: {"policy.model": policy_folder(folder / "p", "tokenizer*", "*.jinja")},
+        "policy.model",
+    ),
+    "empty chat template": (
+        lambda folder: {"policy.model": policy_folder(folder / "p", template="")},
+        "record 1 of data.train makes an empty prompt",
+    ),
+    "empty prompt": (
+        lambda folder: {
+            "policy.model": policy_folder(folder / "p", template=PARTIES_ONLY),
+            "data.train": write(folder / "own", f"{record()}\n{record(scenario='Alone.')}"),
+            "data.heldout": write(folder / "heldout", record()),
+        },
+        "record 2 of data.train makes an empty prompt",
+    ),
 }
 
 
@@ -190,6 +234,89 @@ def test_bad_input_ends_in_one_line(
     assert ended.value.code == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and "\n" not in error and named in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "raise RuntimeError('two\\nlines')",
+        "raise SystemExit('usage: own_reward FILE')",
+        "import sys; sys.exit()",
+        "class Outcome(BaseException): pass\nraise Outcome",
+        "def reward(",
+    ],
+)
+def test_a_reward_module_that_cannot_be_imported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], body: str
+) -> None:
+    """Whatever it raises: SystemExit(0), say, would end one rank and leave the others waiting."""
+    write(tmp_path / "raising_reward.py", body)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, tmp_path / "run", reward="raising_reward:reward")
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: reward = raising_reward:reward: ") and "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_judges_key_is_looked_for_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    config = train.RunConfig(judge=train.JudgeConfig(kind="openai"))
+    for rank in (0, 1):
+        with pytest.raises(train.ConfigError, match="^judge.api_key_variable = OPENAI_API_KEY: "):
+            train.make_reward(config, Ranks(rank, 2, torch.device("cpu"), mesh=None))
+
+
+def test_only_the_main_rank_asks_the_judge_for_a_first_reply() -> None:
+    """Hundreds of ranks would be hundreds of paid calls before any work."""
+    nobody = train.JudgeConfig(kind="openai", base_url="http://127.0.0.1:9/v1")
+    config = train.RunConfig(judge=nobody)
+    train.make_reward(config, Ranks(1, 2, torch.device("cpu"), mesh=None))
+    with pytest.raises(train.ConfigError, match="^judge.base_url = "):
+        train.make_reward(config, Ranks(0, 2, torch.device("cpu"), mesh=None))
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_rank_without_what_else_torchrun_sets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    for name in TORCHRUN_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--output={tmp_path / 'run'}"])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: RANK = {rank}: ") and "\n" not in error
+    assert "without LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT;" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes"),
+    [({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, 3), ({"LOCAL_RANK": "2"}, 3)],
+)
+def test_more_processes_than_cuda_devices(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    environment: dict[str, str],
+    processes: int,
+) -> None:
+    """The first process has a device, but must speak for those that have none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, tmp_path / "run")
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: policy.device = auto: {processes} processes on this machine")
+    assert "\n" not in error and "2 CUDA" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -212,21 +339,39 @@ def test_a_run_folder_is_not_written_over(
     assert "holds a run already" in capsys.readouterr().err
 
 
-def test_under_torchrun_the_line_is_printed_once(tmp_path: Path) -> None:
+# train.py, with a setting that only the second rank has, as if its machine lacked the file.
+ONLY_ON_RANK_1 = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+setting = sys.argv.pop()
+sys.argv += [setting] if os.environ["RANK"] == "1" else []
+train.main()
+"""
+
+
+@pytest.mark.parametrize("found_by", ["both", "rank 0", "rank 1"])
+def test_under_torchrun_the_line_is_printed_once(tmp_path: Path, found_by: str) -> None:
     """A missing file is found by both ranks, a taken folder by rank 0: one line either way."""
     (tmp_path / "config.toml").write_text("")
-    for setting in (f"--data.train={tmp_path / 'none.jsonl'}", f"--output={tmp_path}"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        done = subprocess.run(
-            [*command, "--nproc-per-node=2", str(ROOT / "train.py"), setting],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode != 0
-        assert done.stderr.count("error: ") == 1
-        assert 'train.py", line' not in done.stderr, "a traceback"
+    no_data, taken = f"--data.train={tmp_path / 'none.jsonl'}", f"--output={tmp_path}"
+    arguments = {
+        "both": [str(ROOT / "train.py"), no_data],
+        "rank 0": [str(ROOT / "train.py"), taken],
+        "rank 1": [write(tmp_path / "only.py", ONLY_ON_RANK_1), no_data],
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, *arguments[found_by]],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0
+    [line] = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert line.endswith(" (on rank 1)") == (found_by == "rank 1")
+    assert 'train.py", line' not in done.stderr, "a traceback"
 
 
 def test_every_epoch_deals_each_record_once() -> None:

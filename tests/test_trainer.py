@@ -5,10 +5,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from grpo.batches import Sample
 from grpo.config import Config, GRPOConfig, RolloutConfig, TrainConfig
+from grpo.optimizer import learning_rate_factor
+from grpo.packing import plan_rows
 from grpo.parallel import Ranks, cast_copy, pick_device, plain_copy, shard, start_ranks
 from grpo.rollout import Completion, Group, Prompt
-from grpo.trainer import Trainer, learning_rate_factor
+from grpo.trainer import Trainer
 from tests.tiny import fresh_seed, tiny_model
 
 KL_COEF, TEMPERATURE = 0.3, 0.7
@@ -58,12 +61,19 @@ def some_groups() -> list[Group]:
     ]
 
 
+def samples_of(groups: list[Group]) -> list[list[Sample]]:
+    return [
+        [Sample(group.prompt.token_ids, c, advantage=c.advantage) for c in group.completions]
+        for group in groups
+    ]
+
+
 def run_update(trainer: Trainer, groups: list[Group]) -> tuple[dict, dict[str, torch.Tensor]]:
     """The metrics and what the update took off every weight."""
     before = {n: p.full_tensor().detach().clone() for n, p in trainer.policy.named_parameters()}
-    rows = [trainer.pack(group) for group in groups]
-    reference = [trainer.reference_logprobs(row) for row in rows]
-    metrics = trainer.update_on(list(map(trainer.micro_batch, groups, rows, reference)), 0)
+    samples = samples_of(groups)
+    trainer.remember_reference(samples)
+    metrics = trainer.update_on(trainer.minibatch(samples), 0)
     after = {n: p.full_tensor() for n, p in trainer.policy.named_parameters()}
     return metrics, {name: before[name] - after[name] for name in before}
 
@@ -140,3 +150,96 @@ def test_the_learning_rate_by_hand() -> None:
     assert learning_rate_factor(config, 9, 10) == 1.0
     config.warmup_fraction = 0.0
     assert learning_rate_factor(config, 0, 10) == 1.0
+
+
+@pytest.mark.parametrize("tokens_per_row", [1, 11, 1000])
+def test_the_arrangement_in_rows_does_not_matter(ranks: Ranks, tokens_per_row: int) -> None:
+    """Groups together in one row, one completion a row with its prompt repeated, or in between."""
+    seed, groups = fresh_seed(), some_groups()
+    trainer = make_trainer(ranks, seed)
+    trainer.config.train.tokens_per_row = tokens_per_row
+    rows = len(trainer.minibatch(samples_of(groups)).micro_batches)
+    assert rows == {1: 6, 11: 3, 1000: 1}[tokens_per_row]
+    metrics, moved = run_update(trainer, groups)
+    loss, gradient = expected_gradient(seed, groups)
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
+    norm = torch.stack([g.norm() for g in gradient.values()]).norm()
+    for name, expected in gradient.items():
+        assert (moved[name] - expected).norm() < 1e-4 * norm, name
+
+
+def test_without_kl_what_cannot_contribute_is_not_run(ranks: Ranks) -> None:
+    """A completion of advantage 0 is in the denominator all the same; means are of what was run."""
+    seed, groups = fresh_seed(), some_groups()
+    results = []
+    for leave_out in (True, False):
+        trainer = make_trainer(ranks, seed)
+        trainer.reference, trainer.config.grpo.kl_coef = None, 0.0
+        minibatch = trainer.minibatch(samples_of(groups))
+        assert sum(len(b.samples) for b in minibatch.micro_batches) == 5
+        if not leave_out:
+            minibatch.micro_batches = trainer.pack(samples_of(groups))
+        assert (minibatch.tokens, minibatch.sequences) == (4 + 2 + 4 + 6 + 2 + 1, 6)
+        before = plain_copy(trainer.policy).state_dict()["lm_head.weight"].clone()
+        metrics = trainer.update_on(minibatch, 0)
+        moved = before - plain_copy(trainer.policy).state_dict()["lm_head.weight"]
+        results.append((metrics, moved))
+    (without, moved), (with_all, moved_by_all) = results
+    assert without["loss"] == pytest.approx(with_all["loss"], rel=1e-6)
+    assert without["ratio_mean"] == pytest.approx(1) == with_all["ratio_mean"]
+    torch.testing.assert_close(moved, moved_by_all, rtol=0, atol=1e-6 * float(moved.norm()))
+
+
+def test_two_updates_on_one_rollout(ranks: Ranks) -> None:
+    """The second minibatch's old log-probs are those before the first update: its ratio is not 1.
+
+    Written out: one SGD step on group 0, then one on group 1 with the ratio to the policy at first.
+    """
+    seed, groups = fresh_seed(), some_groups()
+    trainer = make_trainer(ranks, seed)
+    trainer.config.grpo.updates_per_rollout = 2
+    trainer.reference, trainer.config.grpo.kl_coef = None, 0.0
+    rate = 0.05
+    trainer.optimizer = torch.optim.SGD(trainer.policy.parameters(), lr=rate)
+    trainer.config.train.learning_rate = rate
+    trainer.config.train.learning_rate_decay = "constant"
+    trainer.minibatches = trainer.split(samples_of(groups), prompts=2)
+    metrics = trainer.update(0)
+
+    policy, start = tiny_model("llama", seed), tiny_model("llama", seed)
+    ratios = []
+    for group in groups:
+        policy.zero_grad()
+        total, count = torch.zeros(()), 0
+        for completion in group.completions:
+            prompt, tokens = group.prompt.token_ids, completion.token_ids
+            with torch.no_grad():
+                old = plain_logprobs(start, prompt, tokens)
+            ratio = (plain_logprobs(policy, prompt, tokens) - old).exp()
+            a = completion.advantage
+            total = total - torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a).sum()
+            if a != 0:  # else it is not run
+                ratios.append(ratio.detach())
+            count += len(tokens)
+        (total / count).backward()
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter -= rate * parameter.grad
+    second = torch.cat(ratios[3:])
+    assert (second - 1).abs().max() > 1e-3
+    assert metrics["ratio_mean"] == pytest.approx((1 + second.mean().item()) / 2, rel=1e-4)
+    for name, parameter in trainer.policy.named_parameters():
+        expected = policy.get_parameter(name)
+        torch.testing.assert_close(parameter.full_tensor(), expected, rtol=0, atol=2e-6)
+
+
+def test_rows_by_hand() -> None:
+    """Prompts of 10, completions as given (their last token is not in the row), rows of 30."""
+    groups = [[10, 6, 6], [10, 21, 21, 3], [10, 1, 1, 1], [10, 99]]
+    assert plan_rows(groups, 30) == [
+        [(0, [0, 1]), (2, [0, 1, 2])],  # 10 + 5 + 5, and 10
+        [(1, [0])],  # 10 + 20
+        [(1, [1])],
+        [(1, [2])],  # 10 + 2: with the one before it would be 32
+        [(3, [0])],  # too long for a row, so alone in its own
+    ]

@@ -18,7 +18,7 @@ class Judge(Protocol):
     """what stands beside each verdict, so that nobody takes one judge's scores for another's"""
 
     def check(self) -> None:
-        """Called once, before any work starts.
+        """Called once, before any work starts; of many processes, by one.
 
         Raises:
             ValueError: the judge cannot work; one line that names the setting and the remedy.
@@ -93,7 +93,11 @@ def _is_plain_address(base_url: str) -> bool:
 
 
 def make_judge(config: JudgeConfig) -> Judge:
-    """The judge that the settings ask for. Nothing is contacted yet: that is what `check` does."""
+    """The judge that the settings ask for. Nothing is contacted yet: that is what `check` does.
+
+    Raises:
+        ValueError: the environment of this process lacks what the judge needs (a key). One line.
+    """
     if config.kind == "lexical":
         from perm_reward.judges.lexical import LexicalJudge
 

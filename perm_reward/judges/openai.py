@@ -22,10 +22,14 @@ class OpenAIJudge:
     """Asks a chat model, one call per verdict, at most `concurrency` of them at once.
 
     A call that fails for good becomes a verdict without a score: no exception, no invented score.
+
+    Raises:
+        ValueError: the environment holds no key, or one that cannot be sent. One line.
     """
 
     def __init__(self, config: JudgeConfig) -> None:
         self.config = config
+        _read_key(config)  # each process has its own environment, and not all of them call `check`
         self.label = f"openai: {config.model} at {self._url}"
         self._slots = asyncio.Semaphore(config.concurrency)
 
@@ -58,7 +62,7 @@ class OpenAIJudge:
         """Ask for one tiny reply.
 
         Raises:
-            ValueError: no key, no server, a refused key, an unknown model or other refusal.
+            ValueError: no server, a refused key, an unknown model or other refusal.
         """
         try:
             with openai.OpenAI(**self._connection, max_retries=1) as client:
@@ -96,36 +100,17 @@ class OpenAIJudge:
     def _connection(self) -> dict[str, Any]:
         seconds = self.config.timeout_seconds
         timeout = openai.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
-        return {"api_key": self._key, "base_url": self._url, "timeout": timeout}
+        return {"api_key": _read_key(self.config), "base_url": self._url, "timeout": timeout}
 
     @property
     def _url(self) -> str:
         return self.config.base_url or _OPENAI_URL
-
-    @property
-    def _key(self) -> str:
-        """The key, read when it is needed and kept nowhere but in the client."""
-        name = self.config.api_key_variable
-        key = os.environ.get(name, "").strip()
-        if not key and not self.config.base_url:
-            raise _SettingError(
-                f"judge.api_key_variable = {name}: the variable is not set; export it, or use "
-                "--judge.kind lexical, or set judge.base_url for a server that needs no key"
-            )
-        if not (key.isascii() and key.isprintable()):
-            raise _SettingError(
-                f"judge.api_key_variable = {name}: the variable's value cannot be a key (it holds "
-                "characters that no http header takes); export the right one"
-            )
-        return key or "no-key-needed"
 
     # --- what went wrong ------------------------------------------------------------------------
 
     def _complaint(self, error: Exception) -> str:
         """One line that names the setting behind an error, its value and the remedy."""
         url = f"judge.base_url = {self._url}"
-        if isinstance(error, _SettingError):
-            return str(error)
         if isinstance(error, openai.APIStatusError):
             return self._refusal(error)
         if isinstance(error, openai.APITimeoutError):
@@ -180,11 +165,24 @@ class OpenAIJudge:
 
     def _without_key(self, text: str) -> str:
         """Servers may repeat what they were sent, and replies are written to files."""
-        return text.replace(self._key, "***")
+        return text.replace(_read_key(self.config), "***")
 
 
-class _SettingError(ValueError):
-    """A setting that no server needs to be asked about."""
+def _read_key(config: JudgeConfig) -> str:
+    """The key, read when it is needed and kept nowhere but in the client. Raises ValueError."""
+    name = config.api_key_variable
+    key = os.environ.get(name, "").strip()
+    if not key and not config.base_url:
+        raise ValueError(
+            f"judge.api_key_variable = {name}: the variable is not set; export it, or use "
+            "--judge.kind lexical, or set judge.base_url for a server that needs no key"
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError(
+            f"judge.api_key_variable = {name}: the variable's value cannot be a key (it holds "
+            "characters that no http header takes); export the right one"
+        )
+    return key or "no-key-needed"
 
 
 class _MalformedReply(ValueError):

@@ -256,7 +256,7 @@ def test_waiting_for_a_turn_is_not_counted_as_the_servers_time(judge_server):
 
 
 def complaint(config):
-    """The one line that `check` ends in, whose whole traceback is free of the key."""
+    """The one line that making or checking a judge ends in; its traceback is free of the key."""
     with pytest.raises(ValueError) as caught:
         OpenAIJudge(config).check()
     printed = "".join(traceback.format_exception(caught.value))
@@ -280,9 +280,11 @@ def test_check_passes_a_model_that_thinks_before_it_speaks(judge_server):
     OpenAIJudge(config_for(judge_server)).check()
 
 
-def test_check_without_key_and_address_asks_nobody():
-    message = complaint(JudgeConfig(kind="openai"))
-    assert message == (
+def test_without_key_and_address_no_judge_is_made():
+    """Each process looks into its own environment, though only one of them calls `check`."""
+    with pytest.raises(ValueError) as caught:
+        OpenAIJudge(JudgeConfig(kind="openai"))
+    assert str(caught.value) == (
         "judge.api_key_variable = OPENAI_API_KEY: the variable is not set; export it, or use "
         "--judge.kind lexical, or set judge.base_url for a server that needs no key"
     )
@@ -380,10 +382,11 @@ def test_a_key_in_a_reply_is_not_kept(judge_server, monkeypatch):
 
 @pytest.mark.parametrize("value", [f"{SECRET}\nX-Header: 1", f"{SECRET}ü", f"{SECRET}\x01"])
 def test_a_value_that_no_header_takes_is_not_repeated(judge_server, monkeypatch, value):
+    judge = OpenAIJudge(config_for(judge_server))
     monkeypatch.setenv(VARIABLE, value)
     message = complaint(config_for(judge_server))
     assert message.startswith(f"judge.api_key_variable = {VARIABLE}: the variable's value cannot")
-    [verdict] = ask(config_for(judge_server))
+    verdict = asyncio.run(judge.judge("expression", ANNA, "I hear you."))
     assert verdict.score is None and SECRET not in repr(verdict)
     assert not judge_server.exchanges
 

@@ -25,7 +25,8 @@ LOGITS = torch.tensor([PROBABILITIES], dtype=torch.float64).log()
 @pytest.mark.parametrize(("u", "token"), [(0.0, 0), (0.49, 0), (0.51, 1), (0.79, 1), (0.81, 2)])
 def test_a_uniform_number_falls_into_the_share_of_one_token(u: float, token: int) -> None:
     """Lay the probabilities end to end: token 0 owns [0, .5), token 1 [.5, .8), token 2 [.8, 1)."""
-    assert choose(LOGITS, torch.tensor([u], dtype=torch.float64)).item() == token
+    weights = torch.tensor([PROBABILITIES], dtype=torch.float64)
+    assert choose(weights, torch.tensor([u], dtype=torch.float64)).item() == token
 
 
 def test_greedy_takes_the_likeliest_token_and_reports_it_at_temperature_1() -> None:
