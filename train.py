@@ -272,8 +272,7 @@ def summary(before: Sequence[Group], after: Sequence[Group], output: Path, rewar
     return "\n".join(
         [
             "",
-            f"held-out reward  {first['reward_mean']:.3f} ± {first['reward_standard_error']:.3f} → "
-            f"{last['reward_mean']:.3f} ± {last['reward_standard_error']:.3f}   "
+            f"held-out reward  {in_words(first)} → {in_words(last)}   "
             f"(mean ± standard error over {last['seekers']:.0f} seekers)",
             f"reward           {reward}",
             f"saved to         {output / 'policy'}",
@@ -283,6 +282,13 @@ def summary(before: Sequence[Group], after: Sequence[Group], output: Path, rewar
             *side_by_side("before", texts[0], "after", texts[1]),
         ]
     )
+
+
+def in_words(metrics: dict[str, float]) -> str:
+    """A held-out reward with its error, or that no judge could score any answer."""
+    if metrics["seekers"] == 0:
+        return "none scored"
+    return f"{metrics['reward_mean']:.3f} ± {metrics['reward_standard_error']:.3f}"
 
 
 def side_by_side(left_title: str, left: str, right_title: str, right: str) -> list[str]:
