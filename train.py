@@ -144,8 +144,11 @@ def train(config: RunConfig, ranks: Ranks) -> None:
 
 def find_policy(config: RunConfig) -> str:
     """The hub name or folder of policy.model, with `embedded` looked up."""
-    name = config.policy.model
-    return str(data.embedded_policy()) if name == "embedded" else name
+    if config.policy.model != "embedded":
+        return config.policy.model
+    # Its matrices are too small to be shared out, and one thread sums in one order everywhere.
+    torch.set_num_threads(1)
+    return str(data.embedded_policy())
 
 
 def load_data(config: RunConfig) -> tuple[list[data.SeekerRecord], list[data.SeekerRecord]]:
