@@ -19,6 +19,7 @@ measured and saved is the copy in that type.
 import argparse
 import itertools
 import math
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -56,8 +57,9 @@ def main(arguments: Sequence[str]) -> None:
         with start_ranks(pick_device("cpu" if settings.embedded else "auto")) as ranks:
             run(settings, ranks)
     except ConfigError as error:
-        # What loads a policy speaks of the setting of train.py.
-        print(f"error: {error}".replace("policy.model", "--model"), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            # What loads a policy speaks of the setting of train.py.
+            print(f"error: {error}".replace("policy.model", "--model"), file=sys.stderr)
         sys.exit(2)
 
 

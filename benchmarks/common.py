@@ -164,10 +164,14 @@ def compare(
     for name, peer in peers.items():
         channels[name], theirs = context.Pipe()
         context.Process(target=serve, args=(peer, case, threads, theirs), daemon=True).start()
+        theirs.close()  # so that the end of the peer is the end of the channel
     for turn in range(rounds + 1):
         for name, channel in channels.items():
             channel.send(turn)
-            elapsed, memory[name] = channel.recv()
+            try:
+                elapsed, memory[name] = channel.recv()
+            except EOFError:
+                sys.exit(f"error: {name} ended before its turn was over; see above why")
             kind = "warm-up" if turn == 0 else f"round {turn}"
             print(f"  {kind:8} {name:18} {elapsed:8.2f} s", file=sys.stderr, flush=True)
             if turn > 0:

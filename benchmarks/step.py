@@ -134,11 +134,22 @@ def trl(case: Case) -> Iterator[None]:
         return generate(*arguments, **settings, logits_processor=processors)
 
     trainer.model.generate = forced
-    threading.Thread(target=trainer.train, daemon=True).start()
+    failures: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            trainer.train()
+        except BaseException as failure:
+            failures.append(failure)
+            turns.done.release()
+
+    threading.Thread(target=train, daemon=True).start()
     while True:
         yield
         turns.go.release()
         turns.done.acquire()
+        if failures:
+            raise failures[0]
 
 
 def main() -> None:

@@ -90,7 +90,7 @@ class GRPOConfig:
     group_size: int = 8
     """completions sampled per prompt (G); their mean reward is the baseline"""
     prompts_per_step: int = 8
-    """prompts per update, over all ranks together"""
+    """prompts per rollout, over all ranks together"""
     updates_per_rollout: int = 1
     """updates made on each rollout, every one on its share of the prompts (a minibatch)"""
     objective: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "dapo"

@@ -124,8 +124,11 @@ def choose(weights: Tensor, uniforms: Tensor) -> Tensor:
     totals = blocks.sum(-1)
     block, rest = _find(totals, uniforms[:, None] * totals.sum(-1, True, dtype=torch.float64))
     chosen = blocks.gather(1, block[:, None].expand(-1, 1, BLOCK))[:, 0]  # [R, BLOCK]
+    # The block's own total in float64, not the rounded one by which it was found.
+    rest = rest * chosen.sum(-1, True, dtype=torch.float64) / totals.gather(1, block)
     place, _ = _find(chosen, rest)
-    return (block * BLOCK + place)[:, 0]
+    # Where weights are no numbers, any token: its log-prob, which is none either, tells.
+    return (block * BLOCK + place)[:, 0].clamp_(max=weights.shape[-1] - 1)
 
 
 def _find(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +138,7 @@ def _find(weights: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     # Rounding may have carried the target past either end, where no weight is.
     below_total = totals[:, -1:].nextafter(totals.new_zeros(()))
     target = target.clamp(min=0).minimum(below_total)
-    index = torch.searchsorted(totals, target, right=True)
+    index = torch.searchsorted(totals, target, right=True).clamp_(max=weights.shape[-1] - 1)
     return index, target - (totals.gather(1, index) - weights.gather(1, index))
 
 

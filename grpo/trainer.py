@@ -8,6 +8,7 @@ for each step:
     one step of the optimiser, or one for each minibatch of the groups
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ class Trainer:
     def update(self, step: int) -> dict[str, float]:
         """Second half of a step: one or several updates on the rollout.
 
-        Returns the metrics, each the mean over updates, with times.
+        Returns the metrics over the updates, with times.
         """
         updates = self.config.grpo.updates_per_rollout
         if updates > 1:
@@ -98,8 +99,7 @@ class Trainer:
             ]
         with self.timed("refill"):
             self.generator = plain_copy(self.policy)
-        means = {name: sum(m[name] for m in metrics) / updates for name in metrics[0]}
-        return means | {f"seconds_{name}": s for name, s in self.seconds.items()}
+        return over_updates(metrics) | {f"seconds_{name}": s for name, s in self.seconds.items()}
 
     def evaluate(self, prompts: Sequence[Prompt]) -> list[Group]:
         """Completions and rewards for held-out prompts, of all ranks, in order."""
@@ -270,14 +270,15 @@ class Trainer:
             sequence_count=sequences,
         )
         loss.backward()
-        difference = (logp.detach() - batch.by_completion(recorded)).abs() * batch.mask
+        first = logp.detach() if old is None else old  # before any update on this rollout
+        difference = (first - batch.by_completion(recorded)).abs() * batch.mask
         stats["entropy"] = (batch.by_completion(entropy) * batch.mask).sum() / tokens
         stats["rollout_logprob_difference"] = difference.sum() / tokens
         return stats, difference.max().double()
 
     def undilute(self, sums: dict[str, Tensor], by_token: Tensor, by_sequence: Tensor) -> None:
-        """Make means over all that counts means over what was run. A loss stays: what was not run
-        adds 0 to it."""
+        """Make means over all that counts means over what was run, NaN where nothing was. A loss
+        stays: what was not run adds 0 to it."""
         per_sequence = (
             ("ratio_", "clip_", "dual_clip_") if self.config.grpo.objective == "gspo" else ()
         )
@@ -315,6 +316,19 @@ class Trainer:
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def over_updates(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """One metric of several updates: the mean of those that have it (are not NaN), or the largest
+    of maxima."""
+
+    def join(name: str) -> float:
+        values = [each[name] for each in metrics if not math.isnan(each[name])]
+        if name.endswith("_max"):
+            return max(values, default=math.nan)
+        return sum(values) / len(values) if values else math.nan
+
+    return {name: join(name) for name in metrics[0]}
 
 
 def set_advantages(groups: Sequence[Group], scale: str) -> None:

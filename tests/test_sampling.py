@@ -105,3 +105,22 @@ def test_choice_is_the_inverse_of_the_distribution_function_in_float64() -> None
         assert (weights[tokens] > 0).all()
         assert (totals[tokens] >= uniforms - eps).all()
         assert ((totals - weights / weights.sum())[tokens] <= uniforms + eps).all()
+
+
+def test_a_rounded_block_total_moves_nothing_to_the_last_token_of_the_block() -> None:
+    """Float32 rounds the total up: the excess must not fall to the token of weight 1e-12."""
+    weights = torch.zeros(1, 128)
+    weights[0, 0], weights[0, 1], weights[0, 127] = 1.0, 9e-8, 1e-12
+    u = torch.tensor([1 - 1e-8], dtype=torch.float64)
+    assert choose(weights, u).item() == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_show_in_the_log_prob(bad: float) -> None:
+    """A policy that has diverged must not end in an index out of bounds: metrics show the cause."""
+    logits = torch.zeros(2, 300)
+    logits[0, 7] = bad
+    uniforms = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    tokens, logprobs = sample(logits, Sampling(), uniforms)
+    assert tokens[1] == 150 and logprobs[1].isfinite()
+    assert 0 <= tokens[0] < 300 and not logprobs[0].isfinite()

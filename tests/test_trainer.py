@@ -11,7 +11,7 @@ from grpo.optimizer import learning_rate_factor
 from grpo.packing import plan_rows
 from grpo.parallel import Ranks, cast_copy, pick_device, plain_copy, shard, start_ranks
 from grpo.rollout import Completion, Group, Prompt
-from grpo.trainer import Trainer
+from grpo.trainer import Trainer, over_updates
 from tests.tiny import fresh_seed, tiny_model
 
 KL_COEF, TEMPERATURE = 0.3, 0.7
@@ -243,3 +243,10 @@ def test_rows_by_hand() -> None:
         [(1, [2])],  # 10 + 2: with the one before it would be 32
         [(3, [0])],  # too long for a row, so alone in its own
     ]
+
+
+def test_metrics_of_several_updates() -> None:
+    """Means over the updates that have the number; the largest of maxima."""
+    first = {"entropy": 2.0, "difference_max": 0.1}
+    second = {"entropy": float("nan"), "difference_max": 0.3}
+    assert over_updates([first, second]) == {"entropy": 2.0, "difference_max": 0.3}
