@@ -59,8 +59,8 @@ def make_trainer(ranks: Ranks, seed: int, dtype: torch.dtype, run: Run) -> Train
             kl_coef=0.05,
             objective="dapo",
         ),
-        # Adam divides by the gradient's size: with a tiny epsilon, rounding noise in a gradient that
-        # is all but 0 would become a whole step.
+        # Adam divides by the gradient's size: with a tiny epsilon, rounding noise in a gradient
+        # that is all but 0 would become a whole step.
         train=TrainConfig(learning_rate=1e-3, max_gradient_norm=0.5, adam_epsilon=1e-4),
     )
     model = tiny_model(run.family, seed)
