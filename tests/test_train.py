@@ -58,12 +58,26 @@ def two_threads() -> Iterator[None]:
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """To the last bit, with groups large enough for two threads to work on one."""
+    """To the last bit, with groups large enough for two threads to work on one.
+
+    With a reward that tells any two texts apart: PERM's gives most of these short ones the same,
+    and a step in which no group has a spread changes no weight.
+    """
+    (tmp_path / "any_reward.py").write_text(
+        "from zlib import crc32\n"
+        "def any_reward(completions, **columns):\n"
+        "    return [crc32(text.encode()) / 2**32 for text in completions]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
     seed = fresh_seed()
     for name, used in (("a", seed), ("b", seed), ("c", seed + 1)):
         torch.manual_seed(torch.seed())  # the global random state must not matter
         # By its folder: by its name, the embedded policy is trained on one thread.
-        settings = {"grpo.group_size": 16, "policy.model": data.embedded_policy()}
+        settings = {
+            "grpo.group_size": 16,
+            "policy.model": data.embedded_policy(),
+            "reward": "any_reward:any_reward",
+        }
         run(monkeypatch, tmp_path / name, seed=used, **settings)
     a, b, c = (without_times(lines(tmp_path / name / "metrics.jsonl")) for name in "abc")
     assert a == b and all(metrics["gradient_norm"] > 0 for metrics in a)
