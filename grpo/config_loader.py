@@ -12,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import sys
 import textwrap
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -309,5 +310,13 @@ def help_text(
 def exit_with(text: str) -> None:
     """Print on the first process alone, and end with success."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, end="")
+        print_to_reader(text)
     raise SystemExit(0)
+
+
+def print_to_reader(text: str) -> None:
+    """Print on stdout, whose reader (`head`, perhaps) may have seen enough before the end."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:  # what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

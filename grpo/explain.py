@@ -9,7 +9,6 @@ shows the mean, the standard deviation and the advantages of a group, at each sc
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo.advantages import EPSILON, SCALES, group_advantages, reward_statistics
+from grpo.config_loader import print_to_reader
 
 # All text is ASCII, so that it can be printed in any terminal.
 _FORMULAS = {
@@ -44,10 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     groups = parser.parse_args([f" {a}" if _is_number(a) else a for a in arguments]).rewards
     if len(groups) > 1:
         parser.error("--rewards is given twice; give the rewards of one group")
-    try:
-        print(explain_rewards(groups[0]), flush=True)
-    except BrokenPipeError:  # who reads, `head` perhaps, has seen enough: what is left goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print_to_reader(explain_rewards(groups[0]) + "\n")
 
 
 def explain_rewards(rewards: Sequence[float]) -> str:

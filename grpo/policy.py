@@ -37,7 +37,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     context_length(name)  # finds out fast whether there is such a model at all
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file shows as whatever the reader stumbled over
         raise _not_found(name, error) from error
     if tokenizer.chat_template is None:
         raise ConfigError(
@@ -149,7 +149,7 @@ def _separate_logprobs(model: PreTrainedModel, prompt: list[int], completion: li
 
 def _not_found(name: str, error: Exception) -> ConfigError:
     if Path(name).is_dir():
-        cause = str(error).strip().splitlines()[0]
+        cause = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         return ConfigError(f"policy.model = {name}: the folder cannot be loaded: {cause}")
     return ConfigError(
         f"policy.model = {name}: no such folder, and the hub does not know it, does not give "

@@ -171,12 +171,20 @@ def test_it_runs_as_a_module_in_a_terminal_that_knows_only_ascii():
     assert b"the group has no spread" in result.stdout
 
 
-def test_a_reader_who_has_seen_enough_is_no_error():
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "grpo.explain", "--rewards", "1", "0", ".5", "0"],
+        ["train.py", "--help"],
+        ["train.py", "--print-config"],
+    ],
+)
+def test_a_reader_who_has_seen_enough_is_no_error(command: list[str]):
     """As under `| head -1`: what nobody reads any more is dropped without a word."""
     reader, writer = os.pipe()
     os.close(reader)
     result = subprocess.run(
-        [sys.executable, "-m", "grpo.explain", "--rewards", "1", "0", ".5", "0"],
+        [sys.executable, *command],
         stdout=writer,
         stderr=subprocess.PIPE,
         cwd=Path(__file__).parents[1],

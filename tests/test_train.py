@@ -174,14 +174,15 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-def policy_folder(path: Path, *without: str, template: str | None = None) -> str:
-    """A copy of the embedded policy without some files, or with another chat template."""
+def policy_folder(path: Path, *without: str, **files: str) -> str:
+    """A copy of the embedded policy without some files, and with others in their place."""
     shutil.copytree(data.embedded_policy(), path, ignore=shutil.ignore_patterns(*without))
-    if template is not None:
-        write(path / "chat_template.jinja", template)
+    for name, text in files.items():
+        write(path / name, text)
     return str(path)
 
 
+TEMPLATE = "chat_template.jinja"
 PARTIES_ONLY = "{% if 'party' in messages[1]['content'] %}{{ messages[1]['content'] }}{% endif %}"
 
 
@@ -224,13 +225,17 @@ BAD_INPUTS = {
         lambda folder: {"policy.model": policy_folder(folder / "p", "tokenizer*", "*.jinja")},
         "policy.model",
     ),
+    "damaged tokenizer": (
+        lambda folder: {"policy.model": policy_folder(folder / "p", **{"tokenizer.json": "{}"})},
+        "policy.model",
+    ),
     "empty chat template": (
-        lambda folder: {"policy.model": policy_folder(folder / "p", template="")},
+        lambda folder: {"policy.model": policy_folder(folder / "p", **{TEMPLATE: ""})},
         "record 1 of data.train makes an empty prompt",
     ),
     "empty prompt": (
         lambda folder: {
-            "policy.model": policy_folder(folder / "p", template=PARTIES_ONLY),
+            "policy.model": policy_folder(folder / "p", **{TEMPLATE: PARTIES_ONLY}),
             "data.train": write(folder / "own", f"{record()}\n{record(scenario='Alone.')}"),
             "data.heldout": write(folder / "heldout", record()),
         },
