@@ -7,17 +7,18 @@ place, so that a batch of completions of uneven length stays full.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo.decoding import Decoder, Size, Window, bucket_of_rows, uses_graphs
 from grpo.packed_linear import packed_linear_layers
 from grpo.parallel import plain_copy
 from grpo.rollout import Completion
-from grpo.sampling import Sampling, random_key, sample, uniform
-from grpo.shared_prefix import Layout, SharedPrefixCache, use_shared_prefix
+from grpo.sampling import Sampling, random_key
+from grpo.shared_prefix import use_shared_prefix
 
 # To look at the rows makes the host wait for the device; not to look lets ended rows run on.
 STEPS_BETWEEN_LOOKS = 8
@@ -79,7 +80,8 @@ def generate_groups(
     model.eval()
     try:
         with torch.inference_mode(), packed_linear_layers(model):
-            batch = Batch(model, prompts, waiting, max_rows, sampling, stop_ids)
+            size = size_for(waiting, prompts, max_rows)
+            batch = Batch(find_decoder(model, size, sampling, stop_ids), waiting, max_rows)
             while waiting or batch.rows:
                 while waiting and batch.has_room(len(waiting[0])):
                     branches = waiting.popleft()
@@ -116,12 +118,34 @@ def _limits(
     return limits
 
 
-def bucket(rows: int) -> int:
-    """The number of rows that a batch is padded to: 2, 4, 8, then multiples of 8.
+def size_for(
+    waiting: Sequence[Sequence[Branch]], prompts: Sequence[Sequence[int]], max_rows: int
+) -> Size:
+    """The room that is needed to run what is waiting."""
+    rows = bucket_of_rows(min(max_rows, sum(map(len, waiting))))
+    # Twice the prompts that fill the rows, so that stragglers do not keep new prompts waiting.
+    slots = min(len(waiting), 2 * max(1, rows // max(map(len, waiting))))
+    longest = max(branch.limit for branches in waiting for branch in branches)
+    return Size(rows, slots, max(map(len, prompts)), longest)
 
-    At least 2, since one row takes other kernels (matrix times vector) that round differently.
+
+def find_decoder(
+    model: PreTrainedModel, size: Size, sampling: Sampling, stop_ids: Sequence[int]
+) -> Decoder:
+    """A decoder with room for so much.
+
+    One that records graphs stays with its model, since they know the addresses in both, and grows
+    when it must. Without graphs nothing is gained by that, and the memory is free for the update.
     """
-    return next((size for size in (2, 4) if rows <= size), -(-rows // 8) * 8)
+    if not uses_graphs(model.device):
+        return Decoder(model, size, sampling, stop_ids)
+    kept: Decoder | None = model.__dict__.pop("kept_decoder", None)
+    if kept is None or not kept.serves(size, sampling, stop_ids):
+        room = size.in_buckets() if kept is None else kept.size.join(size.in_buckets())
+        kept = None  # its memory goes before that of the new one comes
+        kept = Decoder(model, room, sampling, stop_ids)
+    model.__dict__["kept_decoder"] = kept
+    return kept
 
 
 @dataclass
@@ -134,49 +158,21 @@ class Row:
 
 
 class Batch:
-    """The rows that grow together, and their state on the device.
+    """The host's side of the rows that grow together: which of them holds what.
 
-    `rows` says which of the R rows hold a branch; the others are spare. For completions of at most
-    T tokens: `tokens` and `logprobs` [R, T]; `length` [R], how many tokens of the branch have been
-    run through the model, which is also the place of its newest token; `stopped_at` [R], the place
-    of its first stop token (T while there is none).
+    rows: by their number, those that hold a branch (the others are spare); prompt_lengths: in
+    tokens, for each slot; window: what the next steps look at, see `arrange`.
     """
 
-    layout: Layout
-    alive: Tensor  # bool [R'], which of the padded rows hold a branch
+    window: Window
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        prompts: Sequence[Sequence[int]],
-        waiting: Sequence[Sequence[Branch]],
-        max_rows: int,
-        sampling: Sampling,
-        stop_ids: Sequence[int],
+        self, decoder: Decoder, waiting: Sequence[Sequence[Branch]], max_rows: int
     ) -> None:
-        device = model.device
-        widest = max(len(branches) for branches in waiting)
-        self.max_live = min(max_rows, sum(len(branches) for branches in waiting))
-        capacity = max(branch.limit for branches in waiting for branch in branches)
-        row_count = bucket(self.max_live)
-        # Twice the prompts that fill the rows, so that stragglers do not keep new prompts waiting.
-        slots = min(len(waiting), 2 * max(1, row_count // widest))
-
-        self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
-        self.sampling = sampling
-        self.stop_ids = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-        self.cache = SharedPrefixCache(slots, max(map(len, prompts)), row_count, capacity)
-
+        self.decoder = decoder
+        self.max_live = min(max_rows, sum(map(len, waiting)))
         self.rows: dict[int, Row] = {}
-        self.prompt_lengths = [0] * slots
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.tokens = zeros(row_count, capacity)
-        self.logprobs = zeros(row_count, capacity, dtype=torch.float64)
-        self.length, self.keys = zeros(row_count), zeros(row_count)
-        self.stopped_at = zeros(row_count) + capacity
+        self.prompt_lengths = [0] * decoder.size.slots
 
     def has_room(self, branches: int) -> bool:
         """Whether so many more rows, and a slot for their prompt, are free."""
@@ -187,110 +183,59 @@ class Batch:
         return [slot for slot in range(len(self.prompt_lengths)) if slot not in taken]
 
     def admit(self, branches: Sequence[Branch], prompt: Sequence[int], keys: Tensor) -> None:
-        """Run a prompt into a free slot and sample the first token of each of its branches."""
+        """Give a prompt a free slot, and each of its branches a free row."""
         slot = self._free_slots()[0]
-        device = self.tokens.device
-        hidden = self.decoder(
-            input_ids=torch.tensor([prompt], device=device),
-            position_ids=torch.arange(len(prompt), device=device)[None],
-            use_cache=False,
-            attend=self.cache.prefill(slot),
-        ).last_hidden_state[:, -1]
-        self.prompt_lengths[slot] = len(prompt)
-        free = [row for row in range(len(self.tokens)) if row not in self.rows]
+        free = [row for row in range(self.decoder.size.rows) if row not in self.rows]
         chosen = free[: len(branches)]
+        self.decoder.prefill(slot, prompt, chosen, keys)
+        self.prompt_lengths[slot] = len(prompt)
         self.rows |= {row: Row(b, slot) for row, b in zip(chosen, branches, strict=True)}
-        rows = torch.tensor(chosen, device=device)
-        self.keys[rows] = keys.to(device)
-        self.length[rows] = 0
-        self.stopped_at[rows] = self.tokens.shape[1]
-        self._append(rows, self.head(hidden).expand(len(chosen), -1))
 
     def arrange(self) -> None:
         """Close the gaps that ended rows left, and lay the rows out over their prompts."""
-        padded = bucket(len(self.rows))
+        padded = bucket_of_rows(len(self.rows))
         if max(self.rows, default=0) >= padded:
-            self._compact()
-        lanes: dict[int, list[int]] = {}
+            live = sorted(self.rows)
+            self.decoder.compact(live)
+            self.rows = {new: self.rows[old] for new, old in enumerate(live)}
+        rows_of: dict[int, list[int]] = {}  # the rows of each slot
         for index, row in sorted(self.rows.items()):
-            lanes.setdefault(row.slot, []).append(index)
-        slots, width = max(lanes, default=0) + 1, max(map(len, lanes.values()), default=1)
-        row_of_lane = [0] * (slots * width)
+            rows_of.setdefault(row.slot, []).append(index)
+        window = self.decoder.widen(
+            Window(
+                rows=padded,
+                slots=max(rows_of, default=0) + 1,
+                lanes=max(map(len, rows_of.values()), default=1),
+                prefix_tokens=max((self.prompt_lengths[slot] for slot in rows_of), default=1),
+            )
+        )
+        row_of_lane = [0] * (window.slots * window.lanes)
         lane_of_row = [0] * padded
         prompt_length = [1] * padded
-        for slot, indices in lanes.items():
-            for lane, index in enumerate(indices, start=slot * width):
+        for slot, indices in rows_of.items():
+            for lane, index in enumerate(indices, start=slot * window.lanes):
                 row_of_lane[lane], lane_of_row[index] = index, lane
                 prompt_length[index] = self.prompt_lengths[slot]
-        device = self.tokens.device
-        self.layout = Layout(
-            lane_of_row=torch.tensor(lane_of_row, device=device),
-            row_of_lane=torch.tensor(row_of_lane, device=device),
-            prompt_length=torch.tensor(prompt_length, device=device),
-            rows=torch.arange(padded, device=device),
-            slots=slots,
-            prefix_tokens=max(self.prompt_lengths[:slots]),
-            in_order=row_of_lane == lane_of_row == list(range(padded)),
-        )
-        # Spare rows stay where they are: their place must remain inside the cache.
-        self.alive = torch.tensor([row in self.rows for row in range(padded)], device=device)
-
-    def _compact(self) -> None:
-        """Move the rows that hold a branch to the front."""
-        live = sorted(self.rows)
-        rows = torch.tensor(live, device=self.tokens.device)
-        self.cache.keep_rows(rows)
-        for state in (self.tokens, self.logprobs, self.length, self.keys, self.stopped_at):
-            state[: len(live)] = state[rows]
-        self.rows = {new: self.rows[old] for new, old in enumerate(live)}
-        self.length[len(live) :] = 0
+        in_order = row_of_lane == lane_of_row == list(range(padded))
+        self.window = replace(window, in_order=in_order)
+        alive = [row in self.rows for row in range(padded)]
+        self.decoder.arrange(alive, prompt_length, lane_of_row, row_of_lane)
 
     def steps_until_look(self, most: int) -> int:
         """How many steps may be taken blindly: no row may pass its own limit."""
         return min([most, *(row.branch.limit - 1 - row.length for row in self.rows.values())])
 
     def step(self) -> None:
-        """Run the newest token of every row through the model and sample the next one."""
-        layout, length = self.layout, self.length[: len(self.alive)]
+        """One more token for every row."""
         own_tokens = max(row.length for row in self.rows.values()) + 1
-        hidden = self.decoder(
-            input_ids=self.tokens[: len(length)].gather(1, length[:, None]),
-            position_ids=(layout.prompt_length + length)[:, None],
-            attention_mask=self._mask(layout, length, own_tokens),
-            use_cache=False,
-            attend=self.cache.decode(layout, length, own_tokens),
-        ).last_hidden_state[:, 0]
+        self.decoder.run(self.decoder.widen(replace(self.window, own_tokens=own_tokens)))
         for row in self.rows.values():
             row.length += 1
-        length += self.alive
-        self._append(torch.arange(len(length), device=length.device), self.head(hidden))
-
-    def _mask(self, layout: Layout, length: Tensor, own_tokens: int) -> Tensor:
-        """Additive mask [R, 1, 1, prefix + own]: 0 where a row may look, -inf elsewhere."""
-        places = torch.arange(max(layout.prefix_tokens, own_tokens), device=length.device)
-        visible = torch.cat(
-            [
-                places[: layout.prefix_tokens] < layout.prompt_length[:, None],
-                places[:own_tokens] <= length[:, None],
-            ],
-            dim=-1,
-        )
-        mask = torch.zeros(visible.shape, dtype=torch.float32, device=length.device)
-        return mask.masked_fill(~visible, float("-inf"))[:, None, None]
-
-    def _append(self, rows: Tensor, logits: Tensor) -> None:
-        """Sample from logits [n, V] and write the tokens at the newest place of `rows` [n]."""
-        length = self.length[rows]
-        tokens, logprobs = sample(logits, self.sampling, uniform(self.keys[rows], length))
-        self.tokens[rows, length] = tokens
-        self.logprobs[rows, length] = logprobs.to(self.logprobs.dtype)
-        stops = torch.isin(tokens, self.stop_ids)
-        first_stop = torch.where(stops, length, self.tokens.shape[1])
-        self.stopped_at[rows] = torch.minimum(self.stopped_at[rows], first_stop)
 
     def collect(self) -> list[tuple[Branch, Completion]]:
         """Take out the branches that have ended, by a stop token or at their limit."""
-        stopped_at = self.stopped_at.tolist()
+        decoder = self.decoder
+        stopped_at = decoder.stopped_at.tolist()
         ended = []
         for index, row in sorted(self.rows.items()):
             stopped = stopped_at[index] <= row.length
@@ -298,8 +243,8 @@ class Batch:
                 continue
             count = stopped_at[index] + 1 if stopped else row.branch.limit
             completion = Completion(
-                token_ids=self.tokens[index, :count].tolist(),
-                logprobs=self.logprobs[index, :count].tolist(),
+                token_ids=decoder.tokens[index, :count].tolist(),
+                logprobs=decoder.logprobs[index, :count].tolist(),
                 finish_reason="stop" if stopped else "length",
             )
             del self.rows[index]

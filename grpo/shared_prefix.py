@@ -94,29 +94,29 @@ class Layout:
     slot, where W is the largest number of rows that any prompt has; spare lanes repeat row 0 and
     are never read back. Where every slot has W rows, one after the other, rows are lanes already.
 
-    lane_of_row: [R], its place in [S · W]; row_of_lane: [S · W]; prompt_length: [R], in tokens;
-    rows: [R], 0 … R - 1; slots, prefix_tokens: how many slots, and how many places of each, are in
-    use; in_order: whether rows are lanes.
+    slots, prefix_tokens, own_tokens: how many prompts, and how many places of each prompt and of
+    each branch, are looked at; own_length: [R], tokens that a branch holds already, which is where
+    its new one goes; row_of_lane: [S · W]; lane_of_row: [R], its place there, or None where rows
+    are lanes.
     """
 
-    lane_of_row: Tensor
-    row_of_lane: Tensor
-    prompt_length: Tensor
-    rows: Tensor
     slots: int
     prefix_tokens: int
-    in_order: bool
+    own_tokens: int
+    own_length: Tensor
+    row_of_lane: Tensor
+    lane_of_row: Tensor | None
 
     def to_lanes(self, rows: Tensor) -> Tensor:
         """[R, K, Q, X] → [S, K, W · Q, X]: the queries of each prompt side by side."""
-        lanes = rows if self.in_order else rows.index_select(0, self.row_of_lane)
+        lanes = rows if self.lane_of_row is None else rows.index_select(0, self.row_of_lane)
         by_slot = lanes.view(self.slots, -1, *rows.shape[1:]).transpose(1, 2)
         return by_slot.flatten(2, 3)
 
     def to_rows(self, lanes: Tensor, queries: int) -> Tensor:
         """[S, K, W · Q, X] → [R, K, Q, X]: back to the order of the rows."""
         rows = lanes.unflatten(2, (-1, queries)).transpose(1, 2).flatten(0, 1)
-        return rows if self.in_order else rows.index_select(0, self.lane_of_row)
+        return rows if self.lane_of_row is None else rows.index_select(0, self.lane_of_row)
 
 
 class SharedPrefixCache:
@@ -138,13 +138,12 @@ class SharedPrefixCache:
         """The attention for running a prompt [1, P] into `slot`."""
         return partial(self._attend_prompt, slot)
 
-    def decode(self, layout: Layout, own_length: Tensor, own_tokens: int) -> Attend:
-        """The attention for one more token in each row.
-
-        own_length [R]: tokens the branch holds already, which is where the new one goes;
-        own_tokens: how many places of the branches are looked at (all lengths are below it).
-        """
-        return partial(self._attend_branches, layout, own_length, own_tokens)
+    def decode(self, layout: Layout) -> Attend:
+        """The attention for one more token in each row."""
+        rows, heads = len(layout.own_length), self.own[0][0].shape[1]
+        branches = torch.arange(rows * heads, device=layout.own_length.device)
+        places = branches * self.own_shape[1] + layout.own_length.repeat_interleave(heads)
+        return partial(self._attend_branches, layout, places)
 
     def keep_rows(self, rows: Tensor) -> None:
         """Move the branches of the given rows [n] to the front, in that order."""
@@ -185,8 +184,7 @@ class SharedPrefixCache:
     def _attend_branches(
         self,
         layout: Layout,
-        own_length: Tensor,
-        own_tokens: int,
+        places: Tensor,
         layer: int,
         query: Tensor,
         key: Tensor,
@@ -196,25 +194,33 @@ class SharedPrefixCache:
     ) -> Tensor:
         """softmax over [shared prefix | own branch], each multiplied where its keys lie.
 
-        mask: additive [R, 1, 1, prefix + own]. Grouped-query heads need no copied keys: the H / K
-        query heads of a key-value head are its Q queries.
+        places: [R · K], where the new key of each row and head goes, among all places of all own
+        keys; mask: additive [R, 1, 1, prefix + own]. Grouped-query heads need no copied keys: the
+        H / K query heads of a key-value head are its Q queries.
         """
         rows, heads, _, size = query.shape
         for kept, new in zip(self.own[layer], (key, value), strict=True):
-            kept[layout.rows, :, own_length] = new[:, :, 0].to(kept.dtype)
+            kept.view(-1, size).index_copy_(0, places, new.reshape(-1, size).to(kept.dtype))
         prefix_keys, prefix_values = (
             kept[: layout.slots, :, : layout.prefix_tokens] for kept in self.prefix[layer]
         )
-        own_keys, own_values = (kept[:rows, :, :own_tokens] for kept in self.own[layer])
+        own_keys, own_values = (kept[:rows, :, : layout.own_tokens] for kept in self.own[layer])
 
         query = query.reshape(rows, key.shape[1], -1, size).to(own_keys.dtype) * scaling
         queries = query.shape[2]
-        prefix_scores = layout.to_lanes(query) @ prefix_keys.transpose(-1, -2)
-        own_scores = query @ own_keys.transpose(-1, -2)
-        scores = torch.cat([layout.to_rows(prefix_scores, queries), own_scores], -1) + mask
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        over_prefix, over_own = weights.to(own_values.dtype).split(
-            [layout.prefix_tokens, own_tokens], -1
-        )
+        prefix_scores = layout.to_rows(scores(layout.to_lanes(query), prefix_keys), queries)
+        both = torch.cat([prefix_scores, scores(query, own_keys)], -1).add_(mask)
+        weights = both.softmax(-1).to(own_values.dtype)
+        over_prefix, over_own = weights.split([layout.prefix_tokens, layout.own_tokens], -1)
         output = layout.to_rows(layout.to_lanes(over_prefix) @ prefix_values, queries)
         return (output + over_own @ own_values).reshape(rows, heads, 1, size).to(value.dtype)
+
+
+def scores(query: Tensor, keys: Tensor) -> Tensor:
+    """[B, K, Q, D] · [B, K, P, D]ᵀ → [B, K, Q, P], in at least float32."""
+    if query.dtype in (torch.float32, torch.float64):
+        return query @ keys.transpose(-1, -2)
+    products = torch.bmm(
+        query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32
+    )
+    return products.unflatten(0, query.shape[:2])

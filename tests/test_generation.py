@@ -5,7 +5,8 @@ import torch
 from transformers import PreTrainedModel
 
 from grpo import generation
-from grpo.generation import bucket, generate_groups
+from grpo.decoding import bucket_of_rows
+from grpo.generation import generate_groups
 from grpo.logprobs import completion_logprobs
 from grpo.rollout import Completion
 from grpo.sampling import Sampling, random_key, uniform
@@ -205,6 +206,6 @@ def test_bad_arguments_are_refused() -> None:
 
 
 def test_buckets_hold_their_rows() -> None:
-    sizes = [bucket(rows) for rows in range(0, 70)]
+    sizes = [bucket_of_rows(rows) for rows in range(0, 70)]
     assert all(size >= max(2, rows) for rows, size in enumerate(sizes))
     assert sorted(set(sizes)) == [2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 72]

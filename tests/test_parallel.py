@@ -88,7 +88,7 @@ def test_the_same_losses_and_weights(worlds: tuple[dict, dict], run: str) -> Non
     for a, b in zip(one["metrics"], two["metrics"], strict=True):
         assert a.keys() == b.keys()
         for name in a:
-            assert a[name] == pytest.approx(b[name], abs=1e-5), name
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
     assert one["weights"].keys() == two["weights"].keys()
     assert ("lm_head.weight" in two["weights"]) == (run != "tied")
     for name, weight in one["weights"].items():
