@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from grpo.packing import PackedRow, pack
 from grpo.sampling import scale_logits
 from grpo.shared_prefix import use_shared_prefix
+from grpo.tree_attention import attention_over
 
 CHUNK = 512  # tokens whose logits exist at once
 
@@ -58,7 +59,7 @@ def score_row(model: PreTrainedModel, row: PackedRow, temperature: float) -> tup
         # transformers passes a 4-D mask on as it is, and would build one [L, L] if it got none.
         attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.targets.device),
         use_cache=False,
-        attend=row.attend,
+        attend=attention_over(row),
     ).last_hidden_state[0]
     weight = model.get_output_embeddings().weight
     # Not hidden[predictors]: its backward adds up repeated places in whatever order threads come.

@@ -5,17 +5,13 @@
 A token sees its prompt and its own branch up to itself; positions restart after the prompt at each
 branch. So a row equals the separate rows x y1, x y2, …, without the repeated prompt.
 
-`tree_mask` says that in one matrix [L, L], most of which is False. `PackedRow.attend` computes the
-same without it: the prompt attends to itself, and all branches of a group, side by side as a batch,
-to the prompt and to themselves. That costs P² + G·T·(P + T) in place of (P + G·T)².
+`tree_mask` says that in one matrix [L, L]; tree_attention.py computes the same without it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Group = tuple[Sequence[int], Sequence[Sequence[int]]]  # (prompt, completions), as token ids
@@ -39,9 +35,10 @@ class PackedRow:
     """Groups packed into one row of L tokens, N of which are completion tokens to be scored.
 
     token_ids, position_ids: [1, L]; tree, branch: [L], which group a token belongs to, and which of
-    its branches (0: the prompt); trees: where each group stands; order: [L], see `attend`;
-    predictors: [N], the place whose output predicts a completion token; targets: [N], that token;
-    lengths: tokens of each completion, group by group.
+    its branches (0: the prompt); trees: where each group stands; order: [L], where each token's
+    output stands among those of all prompts and (filled up) branches in turn; predictors: [N], the
+    place whose output predicts a completion token; targets: [N], that token; lengths: tokens of
+    each completion, group by group.
     """
 
     token_ids: Tensor
@@ -56,55 +53,8 @@ class PackedRow:
 
     @property
     def mask(self) -> Tensor:
-        """bool [1, 1, L, L]: True where a query sees a key. The definition `attend` is held to."""
+        """bool [1, 1, L, L]: True where a query sees a key. Attention is held to it."""
         return tree_mask(self.tree, self.branch)[None, None]
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float
-    ) -> Tensor:
-        """Attention over the row. query [1, H, L, D], key, value [1, K, L, D] → [1, H, L, D].
-
-        The outputs of prompts and (filled up) branches, one after the other, are put back in the
-        row's order by `order`.
-        """
-        repeat = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
-        outputs = []
-        for tree in self.trees:
-            q, k, v = (x[:, :, tree.start : tree.end] for x in (query, key, value))
-            outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
-            if tree.branches.numel():
-                outputs.append(_attend_branches(tree, query, key, value, scaling))
-        return torch.cat(outputs, dim=2).index_select(2, self.order)
-
-
-def _attend_branches(
-    tree: Tree, query: Tensor, key: Tensor, value: Tensor, scaling: float
-) -> Tensor:
-    """All branches of a group, each over [prompt | itself]. [1, H, L, D] each → [1, H, G·T, D].
-
-    Places that fill up a short branch come after its own, where causality hides them.
-    """
-    count, length = tree.branches.shape
-    _, heads, _, size = query.shape
-    places = tree.branches.flatten()
-
-    def branches(x: Tensor) -> Tensor:  # → [G, H, T, D]
-        chosen = x[0].index_select(1, places).view(heads, count, length, size)
-        return chosen.transpose(0, 1)
-
-    def with_prompt(x: Tensor) -> Tensor:  # → [G, H, P + T, D]
-        prompt = x[:, :, tree.start : tree.end].expand(count, -1, -1, -1)
-        return torch.cat([prompt, branches(x)], dim=2)
-
-    prompt_length = tree.end - tree.start
-    visible = torch.ones(
-        length, prompt_length + length, dtype=torch.bool, device=query.device
-    ).tril(prompt_length)
-    output = F.scaled_dot_product_attention(
-        branches(query), with_prompt(key), with_prompt(value), attn_mask=visible, scale=scaling
-    )
-    return output.transpose(0, 1).reshape(1, heads, count * length, size)
 
 
 def pack(groups: Sequence[Group], device: torch.device | str) -> PackedRow:
@@ -122,7 +72,7 @@ def pack(groups: Sequence[Group], device: torch.device | str) -> PackedRow:
     branch: list[int] = []
     trees: list[Tree] = []
     order: list[int] = []
-    outputs = 0  # so far, of those that `attend` puts one after the other
+    outputs = 0  # so far, see `order`
     predictors: list[int] = []
     targets: list[int] = []
     for number, (prompt, completions) in enumerate(groups):

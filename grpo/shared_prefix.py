@@ -3,8 +3,8 @@
 `transformers` lets a function be registered that computes attention for any of its models. Ours
 serves the three ways in which this project calls a model:
 
-- **A packed row**, for scoring and the update: see packing.py. What a token may see travels as an
-  argument of the call, so that recomputation in the backward pass sees the same.
+- **A packed row**, for scoring and the update: see tree_attention.py. What a token may see
+  travels as an argument of the call, so that recomputation in the backward pass sees the same.
 - **Generation**: a prompt is run once, its keys and values kept for all of its completions. Then
   each new token attends to the shared prefix and to its own branch, under one softmax.
 - **Anything else** (`model.generate`, a padded batch) is handed to PyTorch's own attention.

@@ -68,32 +68,6 @@ def test_gradients_with_the_models_own_norms(family: str) -> None:
     assert (packed - expected).norm() / expected.norm() < 1e-6
 
 
-def test_attention_by_trees_equals_the_dense_mask() -> None:
-    """What `PackedRow.attend` computes group by group is softmax under the tree mask, and so are
-    its gradients: two groups, one of them with a completion of a single token."""
-    generator = torch.Generator().manual_seed(fresh_seed())
-    row = pack([([1, 2, 3], [[4, 5, 6], [7], [8, 9]]), ([1], [[2], [3]])], "cpu")
-    length = row.token_ids.shape[1]
-
-    def random(heads: int) -> Tensor:
-        shape = (1, heads, length, 8)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-
-    query, key, value = inputs = [random(4), random(2), random(2)]
-    weight = torch.randn(1, 4, length, 8, generator=generator, dtype=torch.float64)
-    scores = query @ key.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
-    weights = scores.masked_fill(~row.mask, float("-inf")).softmax(-1)
-    dense = weights @ value.repeat_interleave(2, 1)
-    trees = row.attend(0, query, key, value, None, 0.3)
-    torch.testing.assert_close(trees, dense, rtol=0, atol=1e-12)
-    for a, b in zip(
-        torch.autograd.grad((trees * weight).sum(), inputs),
-        torch.autograd.grad((dense * weight).sum(), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-
-
 def test_several_groups_in_one_row_equal_each_alone() -> None:
     seed = fresh_seed()
     model = tiny_model("qwen3", seed).double()
