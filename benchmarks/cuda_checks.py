@@ -1,0 +1,170 @@
+"""What must hold on CUDA, checked there: each function raises where it does not."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from grpo import decoding, generation
+from grpo.decoding import uses_graphs
+from grpo.generation import generate_groups
+from grpo.logprobs import completion_logprobs
+from grpo.rollout import Completion
+from grpo.sampling import Sampling
+from grpo.tree_attention import compare_flex, compiled_flex
+
+LENGTHS = (5, 170, 1, 33, 140)
+
+
+def small_model(dtype: torch.dtype) -> PreTrainedModel:
+    """A random Qwen3 whose distributions are not flat."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=997,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=1024,
+        initializer_range=0.15,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return Qwen3ForCausalLM(config).eval().to("cuda", dtype)
+
+
+def prompts() -> list[list[int]]:
+    """Of mixed lengths."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, 997, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def generated(model: PreTrainedModel, sampling: Sampling) -> list[list[Completion]]:
+    """Completions that end at various lengths, in fewer rows than there are completions."""
+    return generate_groups(
+        model,
+        prompts(),
+        group_size=4,
+        max_new_tokens=[[200, 60, 140, 17]] * len(LENGTHS),
+        sampling=sampling,
+        stop_ids=[7],
+        max_rows=12,
+    )
+
+
+def check_graphs() -> None:
+    """Replayed steps give the tokens of steps that run as they are, and were really recorded."""
+    model = small_model(torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a warning tells that recording failed
+        generated(model, Sampling())
+        replayed = generated(model, Sampling())
+        assert replayed == generated(model, Sampling()), "the same call gave other bits"
+    assert model.__dict__["kept_decoder"].graphs.replays, "no step was recorded"
+    for module in (decoding, generation):
+        module.uses_graphs = lambda device: False  # type: ignore[attr-defined]
+    try:
+        plain = generated(model, Sampling())
+    finally:
+        for module in (decoding, generation):
+            module.uses_graphs = uses_graphs  # type: ignore[attr-defined]
+    pairs = list(zip(sum(plain, []), sum(replayed, []), strict=True))
+    equal = sum(a.token_ids == b.token_ids for a, b in pairs)
+    # Windows differ in width: a rounding may cross a boundary of the distribution, rarely.
+    assert equal >= 0.8 * len(pairs), f"only {equal} of {len(pairs)} completions are equal"
+
+
+def check_greedy() -> None:
+    """In float32, greedy completions are those of `model.generate`."""
+    model = small_model(torch.float32)
+    ours = generate_groups(
+        model, prompts(), group_size=2, max_new_tokens=48, sampling=Sampling(0.0), stop_ids=[7]
+    )
+    model.set_attn_implementation("sdpa")
+    for prompt, group in zip(prompts(), ours, strict=True):
+        ids = torch.tensor([prompt], device="cuda")
+        theirs = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=48,
+            do_sample=False,
+            eos_token_id=7,
+            pad_token_id=0,
+        )
+        for completion in group:
+            assert completion.token_ids == theirs[0, len(prompt) :].tolist()
+
+
+def check_flex() -> None:
+    """FlexAttention gives what attention by trees gives, output and gradients."""
+    for dtype, tolerance in ((torch.float32, 2e-2), (torch.bfloat16, 5e-2)):
+        worst = compare_flex(compiled_flex(), torch.device("cuda"), dtype, 8, 2, 64)
+        assert worst <= tolerance, f"FlexAttention differs by {worst:.2g} in {dtype}"
+
+
+def check_logprobs() -> None:
+    """Log-probs of packed rows, and their gradients, are those of the same model on a CPU."""
+    model = small_model(torch.float32)
+    prompt = prompts()[1]
+    completions = [[5] * 40, [6], [3, 9] * 50]
+
+    def run(on: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        values = torch.cat(completion_logprobs(on, prompt, completions, temperature=0.7))
+        gradients = torch.autograd.grad(values.sum(), list(on.parameters()))
+        return values.detach().cpu(), torch.cat([g.flatten() for g in gradients]).cpu()
+
+    values, gradient = run(model)
+    expected_values, expected_gradient = run(model.cpu())
+    worst = float((values - expected_values).abs().max())
+    relative = float((gradient - expected_gradient).norm() / expected_gradient.norm())
+    assert worst <= 2e-3 and relative <= 1e-2, f"log-probs {worst:.2g}, gradient {relative:.2g}"
+
+
+def check_recorded() -> None:
+    """What generation recorded agrees with what is scored first, in float32 and in bfloat16."""
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 0.5)):
+        model = small_model(dtype)
+        for prompt, group in zip(prompts(), generated(model, Sampling()), strict=True):
+            scored = completion_logprobs(model, prompt, [c.token_ids for c in group])
+            for completion, logprobs in zip(group, scored, strict=True):
+                recorded = torch.tensor(completion.logprobs)
+                worst = float((recorded - logprobs.detach().cpu()).abs().max())
+                assert worst <= tolerance, f"log-probs differ by {worst:.2g} in {dtype}"
+
+
+def check_no_waiting() -> None:
+    """A step that is replayed or run never makes the host wait for the device."""
+    model = small_model(torch.bfloat16)
+    generated(model, Sampling())
+    decoder = model.__dict__["kept_decoder"]
+    window = next(iter(decoder.graphs.replays))
+    with torch.inference_mode():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            decoder.run(window)
+            decoder.step(window)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+CHECKS: list[Callable[[], None]] = [
+    check_greedy,
+    check_flex,
+    check_logprobs,
+    check_recorded,
+    check_graphs,
+    check_no_waiting,
+]
+
+
+def run_all() -> None:
+    """Run every check and say so. Raises AssertionError at the first that fails."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for check in CHECKS:
+        check()
+        first_line = (check.__doc__ or "").partition("\n")[0]
+        print(f"right: {first_line}", flush=True)
