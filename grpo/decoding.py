@@ -97,7 +97,8 @@ class Decoder:
     tokens, logprobs: [R, T]; keys: [R], of the random numbers; length: [R], how many tokens of the
     row have been run through the model, which is also the place of its newest token; stopped_at:
     [R], the place of its first stop token (T while there is none); alive: [R], whether it holds a
-    completion; prompt_length, lane_of_row: [R]; row_of_lane: [S · W], for up to W lanes per slot.
+    completion; prompt_length, lane_of_row: [R]; slot_length: [S], tokens of each prompt (at least
+    1); row_of_lane: [S · W], for up to W lanes per slot.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Decoder:
         self.size, self.sampling, self.stop_ids = size, sampling, tuple(stop_ids)
         self.decoder, self.head = model.get_decoder(), model.get_output_embeddings()
         self.device = model.device
+        self.mask_dtype = torch.promote_types(model.dtype, torch.float32)
         self.cache = SharedPrefixCache(size.slots, size.prefix_tokens, size.rows, size.own_tokens)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
@@ -117,7 +119,10 @@ class Decoder:
         self.length, self.keys, self.stopped_at = (zeros(size.rows) for _ in range(3))
         self.alive = zeros(size.rows, dtype=torch.bool)
         self.prompt_length, self.lane_of_row = zeros(size.rows), zeros(size.rows)
+        self.slot_length = zeros(size.slots) + 1
         self.row_of_lane = zeros(size.slots * power_of_two(size.rows))
+        # transformers passes a 4-D mask on as it is, and would build one if it got none.
+        self.no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self.graphs = StepGraphs(self.step) if uses_graphs(self.device) else None
 
     def serves(self, size: Size, sampling: Sampling, stop_ids: Sequence[int]) -> bool:
@@ -136,6 +141,7 @@ class Decoder:
             use_cache=False,
             attend=self.cache.prefill(slot),
         ).last_hidden_state[:, -1]
+        self.slot_length[slot] = len(prompt)
         places = torch.tensor(rows, device=self.device)
         self.keys[places] = keys.to(self.device)
         self.length[places] = 0
@@ -178,22 +184,27 @@ class Decoder:
         rows = window.rows
         length, prompt_length = self.length[:rows], self.prompt_length[:rows]
         layout = Layout(
-            slots=window.slots,
-            prefix_tokens=window.prefix_tokens,
-            own_tokens=window.own_tokens,
             own_length=length,
-            lane_of_row=None if window.in_order else self.lane_of_row[:rows],
+            prefix_mask=self.mask(self.slot_length[: window.slots], window.prefix_tokens),
+            own_mask=self.mask(length + 1, window.own_tokens),
             row_of_lane=self.row_of_lane[: window.slots * window.lanes],
+            lane_of_row=None if window.in_order else self.lane_of_row[:rows],
         )
         hidden = self.decoder(
             input_ids=self.tokens[:rows].gather(1, length[:, None]),
             position_ids=(prompt_length + length)[:, None],
-            attention_mask=visible_places(window, prompt_length, length),
+            attention_mask=self.no_mask,
             use_cache=False,
             attend=self.cache.decode(layout),
         ).last_hidden_state[:, 0]
         length += self.alive[:rows]
         self.append(torch.arange(rows, device=self.device), self.head(hidden))
+
+    def mask(self, lengths: Tensor, places: int) -> Tensor:
+        """Additive mask [N, 1, 1, places]: 0 at the first lengths [N] places, -inf elsewhere."""
+        hidden = torch.arange(places, device=self.device) >= lengths[:, None]
+        mask = torch.zeros(hidden.shape, dtype=self.mask_dtype, device=self.device)
+        return mask.masked_fill_(hidden, float("-inf"))[:, None, None]
 
     def append(self, rows: Tensor, logits: Tensor) -> None:
         """Sample from logits [n, V] and write the tokens at the newest place of `rows` [n]."""
@@ -210,18 +221,3 @@ class Decoder:
 def uses_graphs(device: torch.device) -> bool:
     """Whether steps are recorded on this device."""
     return device.type == "cuda"
-
-
-def visible_places(window: Window, prompt_length: Tensor, own_length: Tensor) -> Tensor:
-    """Additive mask [R, 1, 1, prefix + own]: 0 where a row may look, -inf elsewhere."""
-    most = max(window.prefix_tokens, window.own_tokens)
-    places = torch.arange(most, device=own_length.device)
-    visible = torch.cat(
-        [
-            places[: window.prefix_tokens] < prompt_length[:, None],
-            places[: window.own_tokens] <= own_length[:, None],
-        ],
-        dim=-1,
-    )
-    mask = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device)
-    return mask.masked_fill(~visible, float("-inf"))[:, None, None]

@@ -16,7 +16,7 @@ sliding windows, soft caps or sinks would be left out without a word.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -94,23 +94,22 @@ class Layout:
     slot, where W is the largest number of rows that any prompt has; spare lanes repeat row 0 and
     are never read back. Where every slot has W rows, one after the other, rows are lanes already.
 
-    slots, prefix_tokens, own_tokens: how many prompts, and how many places of each prompt and of
-    each branch, are looked at; own_length: [R], tokens that a branch holds already, which is where
-    its new one goes; row_of_lane: [S · W]; lane_of_row: [R], its place there, or None where rows
-    are lanes.
+    own_length: [R], tokens that a branch holds already, which is where its new one goes;
+    prefix_mask [S, 1, 1, P], own_mask [R, 1, 1, T]: 0 at places that may be seen (of the first P of
+    a prompt and the first T of a branch), else -inf; row_of_lane: [S · W]; lane_of_row: [R], its
+    place there, or None where rows are lanes.
     """
 
-    slots: int
-    prefix_tokens: int
-    own_tokens: int
     own_length: Tensor
+    prefix_mask: Tensor
+    own_mask: Tensor
     row_of_lane: Tensor
     lane_of_row: Tensor | None
 
     def to_lanes(self, rows: Tensor) -> Tensor:
         """[R, K, Q, X] → [S, K, W · Q, X]: the queries of each prompt side by side."""
         lanes = rows if self.lane_of_row is None else rows.index_select(0, self.row_of_lane)
-        by_slot = lanes.view(self.slots, -1, *rows.shape[1:]).transpose(1, 2)
+        by_slot = lanes.view(len(self.prefix_mask), -1, *rows.shape[1:]).transpose(1, 2)
         return by_slot.flatten(2, 3)
 
     def to_rows(self, lanes: Tensor, queries: int) -> Tensor:
@@ -119,20 +118,26 @@ class Layout:
         return rows if self.lane_of_row is None else rows.index_select(0, self.lane_of_row)
 
 
+class KeysAndValues(NamedTuple):
+    """Keys and values [B, K, T, D] of one layer."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class SharedPrefixCache:
     """Keys and values during generation: one prefix per slot, one branch per row, for each layer.
 
     Per layer: prefix keys and values [slots, K, prefix_tokens, D]; own keys and values
     [rows, K, own_tokens, D]. Places not yet written hold zeros, never garbage: they are masked,
-    but zero weight times NaN would still be NaN. On a CPU they are at least float32: there, many
-    small products take twice as long in bfloat16.
+    but zero weight times NaN would still be NaN.
     """
 
     def __init__(self, slots: int, prefix_tokens: int, rows: int, own_tokens: int) -> None:
         self.prefix_shape = (slots, prefix_tokens)
         self.own_shape = (rows, own_tokens)
-        self.prefix: list[tuple[Tensor, Tensor]] = []
-        self.own: list[tuple[Tensor, Tensor]] = []
+        self.prefix: list[KeysAndValues] = []
+        self.own: list[KeysAndValues] = []
 
     def prefill(self, slot: int) -> Attend:
         """The attention for running a prompt [1, P] into `slot`."""
@@ -173,13 +178,12 @@ class SharedPrefixCache:
     def _allocate(self, like: Tensor) -> None:
         """Room for one more layer, its heads and their size read off the first key seen."""
         _, heads, _, size = like.shape
-        dtype = like.dtype if like.is_cuda else torch.promote_types(like.dtype, torch.float32)
         for store, (count, tokens) in (
             (self.prefix, self.prefix_shape),
             (self.own, self.own_shape),
         ):
             shape = (count, heads, tokens, size)
-            store.append((like.new_zeros(shape, dtype=dtype), like.new_zeros(shape, dtype=dtype)))
+            store.append(KeysAndValues(like.new_zeros(shape), like.new_zeros(shape)))
 
     def _attend_branches(
         self,
@@ -189,31 +193,48 @@ class SharedPrefixCache:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         scaling: float,
     ) -> Tensor:
-        """softmax over [shared prefix | own branch], each multiplied where its keys lie.
+        """Keep the new keys and values, and attend to [shared prefix | own branch].
 
         places: [R · K], where the new key of each row and head goes, among all places of all own
-        keys; mask: additive [R, 1, 1, prefix + own]. Grouped-query heads need no copied keys: the
-        H / K query heads of a key-value head are its Q queries.
+        keys; the mask is that of the layout.
         """
-        rows, heads, _, size = query.shape
+        rows, _, _, size = query.shape
         for kept, new in zip(self.own[layer], (key, value), strict=True):
-            kept.view(-1, size).index_copy_(0, places, new.reshape(-1, size).to(kept.dtype))
-        prefix_keys, prefix_values = (
-            kept[: layout.slots, :, : layout.prefix_tokens] for kept in self.prefix[layer]
-        )
-        own_keys, own_values = (kept[:rows, :, : layout.own_tokens] for kept in self.own[layer])
+            kept.view(-1, size).index_copy_(0, places, new.reshape(-1, size))
+        slots, prefix_tokens = layout.prefix_mask.shape[0], layout.prefix_mask.shape[-1]
+        prefix = KeysAndValues(*(x[:slots, :, :prefix_tokens] for x in self.prefix[layer]))
+        own_tokens = layout.own_mask.shape[-1]
+        own = KeysAndValues(*(x[:rows, :, :own_tokens] for x in self.own[layer]))
+        # Grouped-query heads need no copied keys: the H / K query heads of a key-value head are
+        # its Q queries.
+        queries = query.reshape(rows, key.shape[1], -1, size)
+        attend = attend_in_one if query.is_cuda else attend_in_parts
+        return attend(layout, queries, prefix, own, scaling).reshape(query.shape)
 
-        query = query.reshape(rows, key.shape[1], -1, size).to(own_keys.dtype) * scaling
-        queries = query.shape[2]
-        prefix_scores = layout.to_rows(scores(layout.to_lanes(query), prefix_keys), queries)
-        both = torch.cat([prefix_scores, scores(query, own_keys)], -1).add_(mask)
-        weights = both.softmax(-1).to(own_values.dtype)
-        over_prefix, over_own = weights.split([layout.prefix_tokens, layout.own_tokens], -1)
-        output = layout.to_rows(layout.to_lanes(over_prefix) @ prefix_values, queries)
-        return (output + over_own @ own_values).reshape(rows, heads, 1, size).to(value.dtype)
+
+def attend_in_one(
+    layout: Layout,
+    query: Tensor,
+    prefix: KeysAndValues,
+    own: KeysAndValues,
+    scaling: float,
+) -> Tensor:
+    """One softmax over [shared prefix | own branch], each multiplied where its keys lie.
+
+    query [R, K, Q, D]; keys and values of the prefixes [S, K, P, D], of the branches [R, K, T, D].
+    Returns [R, K, Q, D].
+    """
+    query = query * scaling
+    prefix_scores = scores(layout.to_lanes(query), prefix.keys).add_(layout.prefix_mask)
+    own_scores = scores(query, own.keys).add_(layout.own_mask)
+    sizes = [prefix_scores.shape[-1], own_scores.shape[-1]]
+    both = torch.cat([layout.to_rows(prefix_scores, query.shape[2]), own_scores], -1)
+    over_prefix, over_own = both.softmax(-1).to(query.dtype).split(sizes, -1)
+    output = layout.to_lanes(over_prefix) @ prefix.values
+    return layout.to_rows(output, query.shape[2]) + over_own @ own.values
 
 
 def scores(query: Tensor, keys: Tensor) -> Tensor:
@@ -224,3 +245,26 @@ def scores(query: Tensor, keys: Tensor) -> Tensor:
         query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), out_dtype=torch.float32
     )
     return products.unflatten(0, query.shape[:2])
+
+
+def attend_in_parts(
+    layout: Layout,
+    query: Tensor,
+    prefix: KeysAndValues,
+    own: KeysAndValues,
+    scaling: float,
+) -> Tensor:
+    """`attend_in_one` on a CPU: PyTorch's fused attention over each part, then both joined.
+
+    With z the logsumexp of a part's scores, the weight of a part in one softmax over both is
+        weight of own = exp(own z) / (exp(prefix z) + exp(own z)) = sigmoid(own z − prefix z)
+    """
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    by_lane = fused(layout.to_lanes(query), *prefix, attn_mask=layout.prefix_mask, scale=scaling)
+    own_output, own_z = fused(query, *own, attn_mask=layout.own_mask, scale=scaling)
+    prefix_output, prefix_z = (
+        layout.to_rows(x, query.shape[2]) for x in (by_lane[0], by_lane[1][..., None])
+    )
+    own_weight = (own_z[..., None] - prefix_z).sigmoid()
+    dtype = own_weight.dtype
+    return prefix_output.to(dtype).lerp(own_output.to(dtype), own_weight).to(query.dtype)

@@ -10,6 +10,7 @@ from grpo.generation import generate_groups
 from grpo.logprobs import completion_logprobs
 from grpo.rollout import Completion
 from grpo.sampling import Sampling, random_key, uniform
+from grpo.shared_prefix import KeysAndValues, Layout, attend_in_one, attend_in_parts
 from tests.tiny import FAMILIES, fresh_seed, tiny_model, tiny_prompts
 
 GREEDY = Sampling(temperature=0)
@@ -209,3 +210,41 @@ def test_buckets_hold_their_rows() -> None:
     sizes = [bucket_of_rows(rows) for rows in range(0, 70)]
     assert all(size >= max(2, rows) for rows, size in enumerate(sizes))
     assert sorted(set(sizes)) == [2, 4, 8, 16, 24, 32, 40, 48, 56, 64, 72]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_attention_in_parts_equals_one_softmax(dtype: torch.dtype, in_order: bool) -> None:
+    """Over prompts and branches of mixed lengths, with a spare lane and rows out of order."""
+    generator = torch.Generator().manual_seed(fresh_seed())
+    rows, slots, heads, queries, size = (4, 2, 2, 3, 8) if in_order else (3, 2, 2, 3, 8)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    def mask(lengths: list[int], places: int) -> torch.Tensor:
+        hidden = torch.arange(places) >= torch.tensor(lengths)[:, None]
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.zeros(hidden.shape, dtype=wide).masked_fill(hidden, -torch.inf)[:, None, None]
+
+    layout = Layout(
+        own_length=torch.zeros(rows, dtype=torch.long),
+        prefix_mask=mask([7, 4], 7),
+        own_mask=mask([1, 5, 3, 2][:rows], 5),
+        row_of_lane=torch.tensor([0, 1, 2, 3] if in_order else [1, 0, 2, 0]),
+        lane_of_row=None if in_order else torch.tensor([1, 0, 2]),
+    )
+    query = random(rows, heads, queries, size)
+    prefix = KeysAndValues(random(slots, heads, 7, size), random(slots, heads, 7, size))
+    own = KeysAndValues(random(rows, heads, 5, size), random(rows, heads, 5, size))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+    in_parts = attend_in_parts(layout, query, prefix, own, 0.3)
+    exact = (query.double(), *(KeysAndValues(*(x.double() for x in kv)) for kv in (prefix, own)))
+    in_one = attend_in_one(layout, *exact, 0.3)
+    torch.testing.assert_close(in_parts.double(), in_one, rtol=0, atol=tolerance)
+    # And both are softmax over the prompt's and the branch's visible keys, written out for row 1.
+    slot, seen = (0, 7), 5
+    keys = torch.cat([prefix.keys[slot[0], :, : slot[1]], own.keys[1, :, :seen]], 1).double()
+    values = torch.cat([prefix.values[slot[0], :, : slot[1]], own.values[1, :, :seen]], 1).double()
+    weights = (query[1].double() @ keys.transpose(-1, -2) * 0.3).softmax(-1)
+    torch.testing.assert_close(in_one[1], weights @ values, rtol=0, atol=1e-12)
