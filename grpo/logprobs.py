@@ -19,7 +19,8 @@ from grpo.sampling import scale_logits
 from grpo.shared_prefix import use_shared_prefix
 from grpo.tree_attention import attention_over
 
-CHUNK = 512  # tokens whose logits exist at once
+# Tokens whose logits exist at once. On a CPU few, so that their memory is used again and again.
+CHUNK, CHUNK_ON_CPU = 512, 128
 
 
 def completion_logprobs(
@@ -67,6 +68,12 @@ def score_row(model: PreTrainedModel, row: PackedRow, temperature: float) -> tup
     return TokenLogprobs.apply(predicting, weight, row.targets, temperature)
 
 
+def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors over the same N tokens, in step."""
+    size = CHUNK if tensors[0].is_cuda else CHUNK_ON_CPU
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
 def logits_of(hidden: Tensor, weight: Tensor) -> Tensor:
     """hidden [N, D] · weight [V, D]ᵀ → [N, V], in at least float32."""
     return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
@@ -95,7 +102,7 @@ class TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets)
         ctx.temperature = temperature
         chunks = []
-        for h, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        for h, target in in_chunks(hidden, targets):
             z = scale_logits(logits_of(h, weight), temperature)
             log_total = z.logsumexp(-1)
             logprob = z.gather(-1, target[:, None])[:, 0] - log_total
@@ -111,9 +118,7 @@ class TokenLogprobs(torch.autograd.Function):
         divisor = ctx.temperature or 1.0
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
         grad_hidden = []
-        for h, target, g in zip(
-            hidden.split(CHUNK), targets.split(CHUNK), grad.split(CHUNK), strict=True
-        ):
+        for h, target, g in in_chunks(hidden, targets, grad):
             p = scale_logits(logits_of(h, weight), ctx.temperature).softmax(-1)
             grad_logits = p.mul_(-g[:, None] / divisor)  # −g·p, then +g at the targets
             grad_logits.scatter_add_(-1, target[:, None], g[:, None] / divisor)

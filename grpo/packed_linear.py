@@ -68,8 +68,8 @@ class JointLinear:
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.sizes = [layer.out_features for layer in layers]
         self.weight = pack_weight(torch.cat([layer.weight.detach() for layer in layers]))
-        biases = [layer.bias for layer in layers]
-        self.bias = None if biases[0] is None else torch.cat(biases)
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
         self.input: Tensor | None = None
         self.outputs: tuple[Tensor, ...] = ()
 

@@ -20,13 +20,14 @@ Part = tuple[int, list[int]]  # (index of a group, indices of some of its comple
 
 @dataclass
 class Tree:
-    """Where one group stands in a row: its prompt at [start, end), its branches behind it.
+    """One group in a row: the tokens of its prompt, then those of its branches, one after another.
 
-    branches: [G, T], the places of each branch's tokens; shorter ones are filled up with `start`.
+    branches: [G, T], where each branch's tokens are among those of all; shorter ones are filled up
+    with 0.
     """
 
-    start: int
-    end: int
+    prompt_tokens: int
+    branch_tokens: int
     branches: Tensor
 
 
@@ -35,7 +36,7 @@ class PackedRow:
     """Groups packed into one row of L tokens, N of which are completion tokens to be scored.
 
     token_ids, position_ids: [1, L]; tree, branch: [L], which group a token belongs to, and which of
-    its branches (0: the prompt); trees: where each group stands; order: [L], where each token's
+    its branches (0: the prompt); trees: the groups, in order; order: [L], where each token's
     output stands among those of all prompts and (filled up) branches in turn; predictors: [N], the
     place whose output predicts a completion token; targets: [N], that token; lengths: tokens of
     each completion, group by group.
@@ -76,14 +77,15 @@ def pack(groups: Sequence[Group], device: torch.device | str) -> PackedRow:
     predictors: list[int] = []
     targets: list[int] = []
     for number, (prompt, completions) in enumerate(groups):
-        start, end = len(token_ids), len(token_ids) + len(prompt)
+        last = len(token_ids) + len(prompt) - 1  # of the prompt
         longest = max((len(c) - 1 for c in completions), default=0)
-        places = torch.full((len(completions), longest), start)
+        branches = torch.zeros(len(completions), longest, dtype=torch.long)
         for which, tokens in enumerate([prompt, *(c[:-1] for c in completions)]):
             here = len(token_ids)
             if which > 0:
-                places[which - 1, : len(tokens)] = torch.arange(here, here + len(tokens))
-                predictors += [end - 1, *range(here, here + len(tokens))]
+                first = here - last - 1
+                branches[which - 1, : len(tokens)] = torch.arange(first, first + len(tokens))
+                predictors += [last, *range(here, here + len(tokens))]
                 targets += completions[which - 1]
             first_position = 0 if which == 0 else len(prompt)
             position_ids += range(first_position, first_position + len(tokens))
@@ -92,7 +94,7 @@ def pack(groups: Sequence[Group], device: torch.device | str) -> PackedRow:
             branch += [which] * len(tokens)
             order += range(outputs, outputs + len(tokens))
             outputs += len(prompt) if which == 0 else longest
-        trees.append(Tree(start, end, places.to(device)))
+        trees.append(Tree(len(prompt), len(token_ids) - last - 1, branches.to(device)))
 
     def row(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)

@@ -11,7 +11,7 @@ computed without it, in one of two ways:
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from grpo.packing import PackedRow, Tree, pack
+from grpo.packing import PackedRow, pack
 from grpo.shared_prefix import Attend
 
 BLOCK = 128  # tokens; rows are padded to multiples of it, so that fewer shapes are compiled
@@ -58,47 +58,59 @@ def attend_by_trees(
     The outputs of prompts and (filled up) branches, one after the other, are put back in the row's
     order by `row.order`. On a CPU in at least float32, whose backward pass is the faster one there.
     """
-    dtype, repeat = query.dtype, query.shape[1] // key.shape[1]
+    dtype = query.dtype
     if not query.is_cuda:
         wide = torch.promote_types(dtype, torch.float32)
         query, key, value = (x.to(wide) for x in (query, key, value))
-    key, value = (x.repeat_interleave(repeat, dim=1) for x in (key, value))
+    sizes = [n for tree in row.trees for n in (tree.prompt_tokens, tree.branch_tokens)]
+    # Cut in one go: the backward pass then joins the parts instead of adding up padded ones.
+    parts = list(zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True))
     outputs = []
-    for tree in row.trees:
-        q, k, v = (x[:, :, tree.start : tree.end] for x in (query, key, value))
-        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+    for tree, prompt, branches in zip(row.trees, parts[::2], parts[1::2], strict=True):
+        q, k, v = prompt
+        outputs.append(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        )
         if tree.branches.numel():
-            outputs.append(_attend_branches(tree, query, key, value, scaling))
+            outputs.append(_attend_branches(tree.branches, (k, v), branches, scaling))
     return torch.cat(outputs, dim=2).index_select(2, row.order).to(dtype)
 
 
 def _attend_branches(
-    tree: Tree, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    places: Tensor, prompt: Sequence[Tensor], branches: Sequence[Tensor], scaling: float
 ) -> Tensor:
-    """All branches of a group, each over [prompt | itself]. [1, H, L, D] each → [1, H, G·T, D].
+    """All branches of a group, each over [prompt | itself].
 
-    Places that fill up a short branch come after its own, where causality hides them.
+    places: [G, T], see `Tree`; prompt: key and value [1, K, P, D]; branches: query [1, H, N, D],
+    key and value [1, K, N, D] of their N tokens. Returns [1, H, G·T, D]. Places that fill up a
+    short branch come after its own, where causality hides them. The H / K query heads of one
+    key-value head are laid end to end, as if they were so many more tokens.
     """
-    count, length = tree.branches.shape
-    _, heads, _, size = query.shape
-    places = tree.branches.flatten()
+    count, length = places.shape
+    (_, heads, _, size), key_value_heads = branches[0].shape, prompt[0].shape[1]
 
-    def branches(x: Tensor) -> Tensor:  # → [G, H, T, D]
-        chosen = x[0].index_select(1, places).view(heads, count, length, size)
-        return chosen.transpose(0, 1)
+    def by_branch(x: Tensor) -> Tensor:  # [1, X, N, D] → [G, X, T, D]
+        chosen = x[0].index_select(1, places.flatten())
+        return chosen.unflatten(1, (count, length)).transpose(0, 1)
 
-    def with_prompt(x: Tensor) -> Tensor:  # → [G, H, P + T, D]
-        prompt = x[:, :, tree.start : tree.end].expand(count, -1, -1, -1)
-        return torch.cat([prompt, branches(x)], dim=2)
-
-    prompt_length = tree.end - tree.start
+    query, *own = map(by_branch, branches)
+    key, value = (
+        torch.cat([shared.expand(count, -1, -1, -1), x], dim=2)
+        for shared, x in zip(prompt, own, strict=True)
+    )
+    prompt_length, queries = prompt[0].shape[2], heads // key_value_heads
     visible = torch.ones(
         length, prompt_length + length, dtype=torch.bool, device=query.device
     ).tril(prompt_length)
     output = F.scaled_dot_product_attention(
-        branches(query), with_prompt(key), with_prompt(value), attn_mask=visible, scale=scaling
+        query.reshape(count, key_value_heads, queries * length, size),
+        key,
+        value,
+        attn_mask=visible.repeat(queries, 1),
+        scale=scaling,
     )
-    return output.transpose(0, 1).reshape(1, heads, count * length, size)
+    by_head = output.reshape(count, heads, length, size).transpose(0, 1)
+    return by_head.reshape(1, heads, count * length, size)
 
 
 # --- by blocks -----------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def test_gradients_of_chunks_are_summed_in_float32(monkeypatch: pytest.MonkeyPat
     256 tokens, one a chunk, each with a gradient of about 1 for the one weight that matters. In
     bfloat16 a sum stops growing at 256: there the next number after 256 is 258.
     """
-    monkeypatch.setattr(logprobs, "CHUNK", 1)
+    monkeypatch.setattr(logprobs, "CHUNK_ON_CPU", 1)
     n = 600
     hidden = torch.ones(n, 1).bfloat16()
     weight = torch.tensor([[0.0], [0.0]]).bfloat16().requires_grad_()
@@ -95,6 +95,6 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model().double()
     prompt, completions = [3, 1, 4], [[1, 5, 9, 2], [6], [5, 3, 5]]
     whole = completion_logprobs(model, prompt, completions)
-    monkeypatch.setattr(logprobs, "CHUNK", 3)
+    monkeypatch.setattr(logprobs, "CHUNK_ON_CPU", 3)
     for a, b in zip(whole, completion_logprobs(model, prompt, completions), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
