@@ -77,7 +77,7 @@ class JointLinear:
         """[..., D] → [..., O_index], computed for all layers when `x` is new."""
         if x is not self.input:
             self.input = x
-            self.outputs = packed_linear(self.weight, self.bias, x).split(self.sizes, dim=-1)
+            self.outputs = packed_linear(self.weight, self.bias, x).split_with_sizes(self.sizes, -1)
         output = self.outputs[index]
         if index == len(self.sizes) - 1:  # nothing is kept longer than a layer of the model runs
             self.input, self.outputs = None, ()
