@@ -12,6 +12,7 @@ of one large matrix product in bfloat16.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -26,8 +27,7 @@ from transformers import PreTrainedModel
 from benchmarks import cuda_checks
 from benchmarks.common import Case, compare, make_model, table
 from benchmarks.generation import generate, ours
-from grpo.decoding import Window
-from grpo.generation import Batch, Branch, find_decoder, size_for
+from grpo.generation import STEPS_BETWEEN_LOOKS, Batch, Branch, find_decoder, size_for
 from grpo.logprobs import score
 from grpo.packing import pack
 from grpo.sampling import Sampling, random_key
@@ -87,21 +87,29 @@ def measure_decoding(case: Case, bandwidth: float) -> dict[str, float]:
         batch.admit(branches, prompts[branches[0].prompt], keys)
     batch.arrange()
     own_tokens = case.new_tokens // 2
-    for _ in range(own_tokens):
+    for _ in range(own_tokens - 3 * STEPS_BETWEEN_LOOKS):
         batch.step()
-    window: Window = batch.decoder.widen(batch.window)
+
+    def steps_between_looks() -> None:
+        for _ in range(STEPS_BETWEEN_LOOKS):
+            batch.step()
+        batch.collect()
+        batch.arrange()
+
+    step = seconds(steps_between_looks) / STEPS_BETWEEN_LOOKS
     graphs = batch.decoder.graphs
-    step = seconds(batch.step, rounds=20)
     config = model.config
-    heads = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    size_of_head = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    width = config.num_key_value_heads * size_of_head
     places = case.prompts * case.prompt_tokens + case.rows * own_tokens
-    must_read = 2 * (weights_used(model) + places * 2 * heads * config.num_hidden_layers)
+    must_read = 2 * (weights_used(model) + places * 2 * width * config.num_hidden_layers)
     return {
         "decode_step_ms": 1e3 * step,
         "decode_tokens_per_second": case.rows / step,
         "decode_of_copy_bandwidth": must_read / step / bandwidth,
         "graphs_recorded": len(graphs.replays) if graphs else 0,
-        "window_rows": window.rows,
     }
 
 
@@ -151,9 +159,13 @@ def main() -> None:
     torch.cuda.empty_cache()
     results = {"copy_bandwidth": bandwidth, "matrix_rate": rate}
     for measure, limit in ((measure_decoding, bandwidth), (measure_update, rate)):
-        results |= measure(case, limit)
+        gc.collect()
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        results |= measure(case, limit)
         print({name: float(f"{value:.4g}") for name, value in results.items()}, flush=True)
+    gc.collect()
+    torch.cuda.empty_cache()  # the peers have processes of their own
     peers = compare({"ours": ours, "model.generate": generate}, case, rounds=3, threads=4)
     print(table(case, peers), flush=True)
     print(

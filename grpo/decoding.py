@@ -21,10 +21,12 @@ TOKENS_PER_BUCKET = 128
 
 @dataclass(frozen=True)
 class Size:
-    """What a decoder has room for: rows, prompts (slots), tokens of a prompt, of a completion."""
+    """What a decoder has room for: rows; prompts (slots); rows of one prompt (lanes); tokens of a
+    prompt, of a completion."""
 
     rows: int
     slots: int
+    lanes: int
     prefix_tokens: int
     own_tokens: int
 
@@ -38,12 +40,8 @@ class Size:
 
     def in_buckets(self) -> "Size":
         """Room for every `Window.in_buckets` of what fits in this size."""
-        return Size(
-            self.rows,
-            power_of_two(self.slots),
-            bucket_of_tokens(self.prefix_tokens),
-            bucket_of_tokens(self.own_tokens),
-        )
+        tokens = bucket_of_tokens(self.prefix_tokens), bucket_of_tokens(self.own_tokens)
+        return Size(self.rows, self.slots, self.lanes, *tokens)
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,12 @@ class Window:
     own_tokens: int = 0
     in_order: bool = False
 
-    def in_buckets(self) -> "Window":
+    def in_buckets(self, size: Size) -> "Window":
         """A window at least as large, one of few: each different one costs a recording."""
         return Window(
             self.rows,
-            power_of_two(self.slots),
-            power_of_two(self.lanes),
+            size.slots,
+            size.lanes,
             bucket_of_tokens(self.prefix_tokens),
             bucket_of_tokens(self.own_tokens),
             self.in_order,
@@ -86,11 +84,6 @@ def bucket_of_tokens(tokens: int) -> int:
     return -(-tokens // TOKENS_PER_BUCKET) * TOKENS_PER_BUCKET
 
 
-def power_of_two(count: int) -> int:
-    """The smallest power of two that is at least `count`."""
-    return 1 << (count - 1).bit_length()
-
-
 class Decoder:
     """The rows of a batch on the device: R rows of at most T tokens, over S prompts.
 
@@ -98,7 +91,7 @@ class Decoder:
     row have been run through the model, which is also the place of its newest token; stopped_at:
     [R], the place of its first stop token (T while there is none); alive: [R], whether it holds a
     completion; prompt_length, lane_of_row: [R]; slot_length: [S], tokens of each prompt (at least
-    1); row_of_lane: [S · W], for up to W lanes per slot.
+    1); row_of_lane: [S · W], for W lanes per slot.
     """
 
     def __init__(
@@ -120,15 +113,18 @@ class Decoder:
         self.alive = zeros(size.rows, dtype=torch.bool)
         self.prompt_length, self.lane_of_row = zeros(size.rows), zeros(size.rows)
         self.slot_length = zeros(size.slots) + 1
-        self.row_of_lane = zeros(size.slots * power_of_two(size.rows))
+        self.row_of_lane = zeros(size.slots * size.lanes)
         # transformers passes a 4-D mask on as it is, and would build one if it got none.
         self.no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
-        self.graphs = StepGraphs(self.step) if uses_graphs(self.device) else None
+        self.graphs: StepGraphs[Window] | None = StepGraphs() if uses_graphs(self.device) else None
+        self.addresses = addresses_of(model)
 
-    def serves(self, size: Size, sampling: Sampling, stop_ids: Sequence[int]) -> bool:
-        """Whether it can be used again for a batch of this size."""
+    def serves(
+        self, model: PreTrainedModel, size: Size, sampling: Sampling, stop_ids: Sequence[int]
+    ) -> bool:
+        """Whether it can be used again, for a batch of this size."""
         same = (self.sampling, self.stop_ids) == (sampling, tuple(stop_ids))
-        return same and self.size.holds(size)
+        return same and self.size.holds(size) and self.addresses == addresses_of(model)
 
     def prefill(self, slot: int, prompt: Sequence[int], rows: Sequence[int], keys: Tensor) -> None:
         """Run a prompt into a slot, and sample the first token of each of its rows.
@@ -138,6 +134,7 @@ class Decoder:
         hidden = self.decoder(
             input_ids=torch.tensor([prompt], device=self.device),
             position_ids=torch.arange(len(prompt), device=self.device)[None],
+            attention_mask=self.no_mask,
             use_cache=False,
             attend=self.cache.prefill(slot),
         ).last_hidden_state[:, -1]
@@ -173,11 +170,14 @@ class Decoder:
 
     def widen(self, window: Window) -> Window:
         """The window that `run` is to be given for this one."""
-        return window if self.graphs is None else window.in_buckets()
+        return window if self.graphs is None else window.in_buckets(self.size)
 
     def run(self, window: Window) -> None:
         """Take a step, as a graph where there are graphs."""
-        (self.step if self.graphs is None else self.graphs.run)(window)
+        if self.graphs is None:
+            self.step(window)
+        else:
+            self.graphs.run(self.step, window)
 
     def step(self, window: Window) -> None:
         """Run the newest token of every row through the model and sample the next one."""
@@ -221,3 +221,8 @@ class Decoder:
 def uses_graphs(device: torch.device) -> bool:
     """Whether steps are recorded on this device."""
     return device.type == "cuda"
+
+
+def addresses_of(model: PreTrainedModel) -> list[int]:
+    """Where the parameters lie: graphs hold these addresses."""
+    return [parameter.data_ptr() for parameter in model.parameters()]

@@ -8,6 +8,7 @@ place, so that a batch of completions of uneven length stays full.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -123,10 +124,15 @@ def size_for(
 ) -> Size:
     """The room that is needed to run what is waiting."""
     rows = bucket_of_rows(min(max_rows, sum(map(len, waiting))))
+    lanes = max(map(len, waiting))
     # Twice the prompts that fill the rows, so that stragglers do not keep new prompts waiting.
-    slots = min(len(waiting), 2 * max(1, rows // max(map(len, waiting))))
+    slots = min(len(waiting), 2 * max(1, rows // lanes))
     longest = max(branch.limit for branches in waiting for branch in branches)
-    return Size(rows, slots, max(map(len, prompts)), longest)
+    return Size(rows, slots, lanes, max(map(len, prompts)), longest)
+
+
+# Decoders that record graphs: those hold addresses in the model and in the decoder.
+KEPT: WeakKeyDictionary[PreTrainedModel, Decoder] = WeakKeyDictionary()
 
 
 def find_decoder(
@@ -134,17 +140,19 @@ def find_decoder(
 ) -> Decoder:
     """A decoder with room for so much.
 
-    One that records graphs stays with its model, since they know the addresses in both, and grows
-    when it must. Without graphs nothing is gained by that, and the memory is free for the update.
+    One that records graphs is kept as long as its model, and replaced when it has not the room,
+    or samples in another way. Without graphs nothing is gained by that, and the memory is free for
+    the update.
     """
     if not uses_graphs(model.device):
         return Decoder(model, size, sampling, stop_ids)
-    kept: Decoder | None = model.__dict__.pop("kept_decoder", None)
-    if kept is None or not kept.serves(size, sampling, stop_ids):
+    kept = KEPT.pop(model, None)
+    if kept is None or not kept.serves(model, size, sampling, stop_ids):
         room = size.in_buckets() if kept is None else kept.size.join(size.in_buckets())
         kept = None  # its memory goes before that of the new one comes
         kept = Decoder(model, room, sampling, stop_ids)
-    model.__dict__["kept_decoder"] = kept
+    kept.cache.clear()
+    KEPT[model] = kept
     return kept
 
 

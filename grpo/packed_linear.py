@@ -49,7 +49,9 @@ def joint_groups(model: nn.Module) -> list[list[nn.Linear]]:
             if can_pack(child)
         }
         for names in SIBLINGS:
-            if all(name in children for name in names):
+            siblings = [children[name] for name in names if name in children]
+            kinds = {(layer.in_features, layer.bias is None) for layer in siblings}
+            if len(siblings) == len(names) and len(kinds) == 1:
                 groups.append([children.pop(name) for name in names])
         groups += [[child] for child in children.values()]
     return groups
@@ -57,8 +59,11 @@ def joint_groups(model: nn.Module) -> list[list[nn.Linear]]:
 
 def can_pack(module: nn.Module) -> bool:
     """Whether it is a plain linear layer in bfloat16 on a CPU."""
-    return type(module) is nn.Linear and (
-        module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu"
+    return (
+        type(module) is nn.Linear
+        and "forward" not in vars(module)  # nobody else has put something in its place
+        and module.weight.dtype == torch.bfloat16
+        and module.weight.device.type == "cpu"
     )
 
 

@@ -129,8 +129,8 @@ class SharedPrefixCache:
     """Keys and values during generation: one prefix per slot, one branch per row, for each layer.
 
     Per layer: prefix keys and values [slots, K, prefix_tokens, D]; own keys and values
-    [rows, K, own_tokens, D]. Places not yet written hold zeros, never garbage: they are masked,
-    but zero weight times NaN would still be NaN.
+    [rows, K, own_tokens, D]. Places not yet written hold zeros, or finite values of an earlier
+    branch: they are masked, but zero weight times NaN would still be NaN.
     """
 
     def __init__(self, slots: int, prefix_tokens: int, rows: int, own_tokens: int) -> None:
@@ -149,6 +149,12 @@ class SharedPrefixCache:
         branches = torch.arange(rows * heads, device=layout.own_length.device)
         places = branches * self.own_shape[1] + layout.own_length.repeat_interleave(heads)
         return partial(self._attend_branches, layout, places)
+
+    def clear(self) -> None:
+        """Forget the branches, and with them what NaN there may be."""
+        for keys, values in self.own:
+            keys.zero_()
+            values.zero_()
 
     def keep_rows(self, rows: Tensor) -> None:
         """Move the branches of the given rows [n] to the front, in that order."""
@@ -211,7 +217,7 @@ class SharedPrefixCache:
         # Grouped-query heads need no copied keys: the H / K query heads of a key-value head are
         # its Q queries.
         queries = query.reshape(rows, key.shape[1], -1, size)
-        attend = attend_in_one if query.is_cuda else attend_in_parts
+        attend = attend_in_parts if query.device.type == "cpu" else attend_in_one
         return attend(layout, queries, prefix, own, scaling).reshape(query.shape)
 
 

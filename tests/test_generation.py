@@ -242,9 +242,14 @@ def test_attention_in_parts_equals_one_softmax(dtype: torch.dtype, in_order: boo
     exact = (query.double(), *(KeysAndValues(*(x.double() for x in kv)) for kv in (prefix, own)))
     in_one = attend_in_one(layout, *exact, 0.3)
     torch.testing.assert_close(in_parts.double(), in_one, rtol=0, atol=tolerance)
-    # And both are softmax over the prompt's and the branch's visible keys, written out for row 1.
-    slot, seen = (0, 7), 5
-    keys = torch.cat([prefix.keys[slot[0], :, : slot[1]], own.keys[1, :, :seen]], 1).double()
-    values = torch.cat([prefix.values[slot[0], :, : slot[1]], own.values[1, :, :seen]], 1).double()
-    weights = (query[1].double() @ keys.transpose(-1, -2) * 0.3).softmax(-1)
-    torch.testing.assert_close(in_one[1], weights @ values, rtol=0, atol=1e-12)
+    # And both are softmax over what the prompt and the branch show, written out for each row.
+    lanes = range(4) if in_order else [1, 0, 2]
+    for row, lane in enumerate(lanes):
+        slot = lane // 2
+        parts = [(prefix, slot, [7, 4][slot]), (own, row, [1, 5, 3, 2][row])]
+        keys, values = (
+            torch.cat([getattr(part, name)[i, :, :seen] for part, i, seen in parts], 1).double()
+            for name in ("keys", "values")
+        )
+        weights = (query[row].double() @ keys.transpose(-1, -2) * 0.3).softmax(-1)
+        torch.testing.assert_close(in_one[row], weights @ values, rtol=0, atol=1e-12)

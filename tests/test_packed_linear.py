@@ -40,6 +40,23 @@ def test_layers_that_read_the_same_input_run_as_one() -> None:
     assert joint_groups(tiny_model("qwen2")) == [], "float32 layers stay as they are"
 
 
+def test_layers_that_differ_are_not_joined() -> None:
+    """A bias that only one of them has, or another width of input: each runs on its own."""
+    torch.manual_seed(fresh_seed())
+    x = torch.randn(4, 32).bfloat16()
+    names = ("q_proj", "k_proj", "v_proj")
+    for settings in ({"bias": False}, {"in_features": 16}):
+        odd = nn.Linear(**{"in_features": 32, "out_features": 32, **settings})
+        model = nn.ModuleDict({n: nn.Linear(32, 32) for n in names} | {"k_proj": odd})
+        model = model.bfloat16().requires_grad_(False)
+        assert [len(group) for group in joint_groups(model)] == [1, 1, 1]
+        expected = {n: layer(x[:, : layer.in_features]) for n, layer in model.items()}
+        with packed_linear_layers(model):
+            for n, layer in model.items():
+                packed = layer(x[:, : layer.in_features])
+                torch.testing.assert_close(packed, expected[n], rtol=0.02, atol=0.02)
+
+
 def test_a_new_input_is_never_answered_with_an_old_output() -> None:
     seed = fresh_seed()
     torch.manual_seed(seed)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
 
@@ -33,7 +34,7 @@ def by_trees(row: PackedRow, query: Tensor, key: Tensor, value: Tensor) -> Tenso
 
 
 def by_blocks(row: PackedRow, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    blocks = tree_blocks(row, compiled=False)
+    blocks = tree_blocks(row)
     outputs = [
         attend_by_blocks(flex, blocks, query, key, value, SCALING)
         for flex in (dense_flex, torch.no_grad()(eager_flex))
@@ -103,10 +104,19 @@ def test_output_and_gradients_equal_those_of_the_dense_mask(way: Callable[..., T
 
 
 def test_blocks_that_nobody_sees_are_skipped() -> None:
-    """Of 9 × 9 blocks: the prompt's and each branch's own, and each branch's view of the prompt."""
+    """Exactly those blocks are kept in which the dense mask has a place that is True: of 9 × 9 the
+    prompt's and each branch's own, and each branch's view of the prompt."""
     branches = [[2] * (BLOCK + 1)] * 8  # the last token of a completion is not in the row
-    blocks = tree_blocks(pack([([1] * BLOCK, branches)], "cpu"), compiled=False)
-    assert blocks.to_dense().sum() == 1 + 8 + 8
+    regular = pack([([1] * BLOCK, branches)], "cpu")
+    assert tree_blocks(regular).to_dense().sum() == 1 + 8 + 8
+    for row in (regular, *rows(fresh_seed())):
+        padding = -row.mask.shape[-1] % BLOCK
+        mask = F.pad(row.mask[0, 0], (0, padding, 0, padding))
+        places = range(len(mask) - padding, len(mask))
+        mask[places, places] = True  # a place of the padding sees itself
+        count = len(mask) // BLOCK
+        by_block = mask.view(count, BLOCK, count, BLOCK).any(3).any(1)
+        assert torch.equal(tree_blocks(row).to_dense()[0, 0].bool(), by_block)
 
 
 @pytest.fixture
@@ -134,7 +144,25 @@ def test_flex_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> Non
     def forgets_the_mask(query: Tensor, key: Tensor, value: Tensor, **settings: object) -> Tensor:
         return softmax_attention(torch.ones(1, 1, dtype=torch.bool), query, key, value, SCALING)
 
-    for flex, problem in ((fails, "no valid triton configs$"), (forgets_the_mask, "differ by")):
+    class NoGradient(torch.autograd.Function):
+        """The identity, with a gradient that is no number."""
+
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:
+            return gradient * torch.nan
+
+    def has_no_gradient(query: Tensor, key: Tensor, value: Tensor, **settings: object) -> Tensor:
+        return dense_flex(query, key, NoGradient.apply(value), **settings)
+
+    for flex, problem in (
+        (fails, "no valid triton configs$"),
+        (forgets_the_mask, "differ by"),
+        (has_no_gradient, "differ by nan"),
+    ):
         flex_works.cache_clear()
         monkeypatch.setattr(tree_attention, "compiled_flex", lambda flex=flex: flex)
         with pytest.warns(UserWarning, match=f"without FlexAttention: .*{problem}") as seen:
