@@ -169,7 +169,8 @@ class Batch:
     """The host's side of the rows that grow together: which of them holds what.
 
     rows: by their number, those that hold a branch (the others are spare); prompt_lengths: in
-    tokens, for each slot; window: what the next steps look at, see `arrange`.
+    tokens, for each slot; window: what the next steps look at; arranged: whether that and the
+    decoder know of all changes to the rows.
     """
 
     window: Window
@@ -181,6 +182,7 @@ class Batch:
         self.max_live = min(max_rows, sum(map(len, waiting)))
         self.rows: dict[int, Row] = {}
         self.prompt_lengths = [0] * decoder.size.slots
+        self.arranged = False
 
     def has_room(self, branches: int) -> bool:
         """Whether so many more rows, and a slot for their prompt, are free."""
@@ -198,9 +200,12 @@ class Batch:
         self.decoder.prefill(slot, prompt, chosen, keys)
         self.prompt_lengths[slot] = len(prompt)
         self.rows |= {row: Row(b, slot) for row, b in zip(chosen, branches, strict=True)}
+        self.arranged = False
 
     def arrange(self) -> None:
         """Close the gaps that ended rows left, and lay the rows out over their prompts."""
+        if self.arranged:
+            return
         padded = bucket_of_rows(len(self.rows))
         if max(self.rows, default=0) >= padded:
             live = sorted(self.rows)
@@ -228,6 +233,7 @@ class Batch:
         self.window = replace(window, in_order=in_order)
         alive = [row in self.rows for row in range(padded)]
         self.decoder.arrange(alive, prompt_length, lane_of_row, row_of_lane)
+        self.arranged = True
 
     def steps_until_look(self, most: int) -> int:
         """How many steps may be taken blindly: no row may pass its own limit."""
@@ -256,5 +262,6 @@ class Batch:
                 finish_reason="stop" if stopped else "length",
             )
             del self.rows[index]
+            self.arranged = False
             ended.append((row.branch, completion))
         return ended
