@@ -251,7 +251,9 @@ def make_output(config: RunConfig, ranks: Ranks) -> Path:
     output = Path(config.output)
     if ranks.is_main:
         if any((output / name).exists() for name in RUN_FILES):
-            raise ConfigError(f"output = {output}: holds a run already; name another folder")
+            raise ConfigError(
+                f"output = {output}: holds a run already; name another folder with --output"
+            )
         try:
             output.mkdir(parents=True, exist_ok=True)
             (output / "config.toml").write_text(to_toml(config), encoding="utf-8")

@@ -45,7 +45,7 @@ class DataConfig:
     heldout: str = ""
     """JSONL file of held-out records; empty: the bundled ones, or a part kept out of your file"""
     heldout_records: int = 64
-    """how many held-out records are evaluated"""
+    """how many held-out records are evaluated, where there are so many"""
 
     def __post_init__(self) -> None:
         check(self, "train", bool(self.train), "a JSONL file or bundled")

@@ -293,7 +293,10 @@ def help_text(
     settings: Mapping[str, Setting], flags: Mapping[str, Setting], presets: Mapping[str, Path]
 ) -> str:
     """Every flag, preset and setting, with its docstring and default."""
-    lines = ["usage: [--preset NAME] [--config FILE.toml] [--section.field VALUE ...]", "\nflags:"]
+    lines = [
+        "usage: python train.py [--preset NAME] [--config FILE.toml] [--section.field VALUE ...]",
+        "\nflags:",
+    ]
     for key, flag in flags.items():
         lines.append(f"  --{key.replace('_', '-')}: {field_docstrings(flag.owner).get(key, '')}")
     lines += ["\npresets:"]
@@ -304,6 +307,8 @@ def help_text(
     for key, setting in settings.items():
         lines.append(f"  --{key} {spell(setting.value)}")
         lines.append(f"      {field_docstrings(setting.owner).get(setting.name, '')}")
+        if choices := [c for kind in alternatives(setting.hint) for c in get_args(kind)]:
+            lines.append(f"      one of {', '.join(choices)}")
     return "\n".join(lines) + "\n"
 
 

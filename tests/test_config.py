@@ -403,6 +403,7 @@ def test_help_lists_every_flag_preset_and_setting(capsys: pytest.CaptureFixture[
     assert "  qwen2.5-7b: the paper's run" in text
     assert '  --grpo.clip_low "none"\n      the ratio is clipped at 1 - clip_low' in text
     assert '  --judge.kind "lexical"\n      who gives the verdicts' in text
+    assert "      one of grpo, dapo, dr_grpo, gspo, cispo\n" in text
     assert "  --judge.bystander.samples 1\n" in text
     with pytest.raises(SystemExit):
         load("-h", flags=RunFlags())

@@ -106,7 +106,7 @@ def test_two_processes_equal_one(tmp_path):
     """Summed over ranks, with global counts: the loss, gradient and statistics of one process.
 
     The mean over ranks of each rank's own mean is what data parallelism gives if nobody thinks of
-    it (mistake 5). The last assertion checks that it differs here, so that this test could fail.
+    it. The last assertion checks that it differs here, so that this test could fail.
     """
     seed = int(os.environ.get("TEST_SEED", random.SystemRandom().randrange(2**32)))
     print(f"TEST_SEED={seed}")

@@ -88,7 +88,7 @@ def test_unscored_group_does_not_touch_the_others_in_the_batch():
 
 
 def test_spread_is_what_counts_not_the_mean():
-    """Mistake 11: groups "without spread" were found by a mean of 0 in place of a spread of 0.
+    """Seen elsewhere: groups "without spread" were found by a mean of 0 in place of a spread of 0.
 
     Rewards −1 and 1 have mean 0 and everything to teach; .5 and .5 have a mean and nothing to
     teach. (Nothing about the reward, that is: in step 8 their tokens still feel the KL term.)

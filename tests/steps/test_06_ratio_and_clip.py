@@ -58,7 +58,7 @@ def test_on_policy_the_ratio_is_one_but_its_gradient_is_not_zero():
 
 
 def test_an_absurd_log_ratio_stays_finite():
-    """Mistake 15: an unbounded exp. One token of log-ratio 100 is e¹⁰⁰, in float32 infinite.
+    """Seen elsewhere: an unbounded exp. One token of log-ratio 100 is e¹⁰⁰, in float32 infinite.
 
     It takes one such token (a rollout engine with a bug, a sharp bf16 distribution) for the loss to
     become inf, the gradient NaN, and the weights NaN for good. The log-ratio is held within ±20.

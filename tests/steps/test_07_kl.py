@@ -138,7 +138,7 @@ def test_no_difference_no_kl():
 
 
 def test_an_absurd_difference_stays_finite_and_still_pulls_back():
-    """Mistake 15 once more. d = 100: e^d overflows, so d is bounded above.
+    """An unbounded exp once more. d = 100: e^d overflows, so d is bounded above.
 
     d = −100 (the policy makes likely what the reference never says) is bounded by nothing: k3 is
     99, and its gradient is +1, towards less likely. A bound on both sides would let go of exactly

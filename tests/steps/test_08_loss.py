@@ -265,7 +265,7 @@ def test_my_loss_is_zero():
 
 
 def test_a_group_without_spread_still_feels_the_kl():
-    """Mistake 11, second half: advantage 0 says "nothing to learn from the reward", not "skip me".
+    """Seen elsewhere: advantage 0 says "nothing to learn from the reward", not "skip me".
 
     Left out, such groups would drift away from the reference freely, and the batch's token count
     would change with the number of groups that agree. d = −.2, β = .1, two sequences of one token:
@@ -286,7 +286,7 @@ HALVES = [(0, 2), (1, 3)]  # 2 + 1 and 3 + 4 tokens
 
 @pytest.mark.parametrize("objective", EXAMPLES)
 def test_micro_batches_add_up_to_the_batch(objective):
-    """Mistake 5: a denominator of the micro-batch's own, where the formula has the whole batch's.
+    """Seen elsewhere: a denominator of the micro-batch's own, where the formula has the whole batch's.
 
     Given the global counts, ten tokens and four sequences, the halves' losses and gradients sum to
     the batch's. So the memory of the machine does not decide what is learned.
@@ -312,7 +312,7 @@ def test_a_local_token_mean_gives_another_loss():
 
 
 def test_the_logged_numbers_are_those_of_the_whole_batch():
-    """Mistake 6: the loss in the log was the last micro-batch's, the others' were overwritten.
+    """Seen elsewhere: the loss in the log was the last micro-batch's, the others' were overwritten.
 
     Each statistic is divided by the global counts like the loss, so whoever logs adds them up, over
     micro-batches and ranks. Clipped low of 10 tokens: 0 in the first half, 2 in the second.
@@ -356,7 +356,7 @@ def test_a_sequence_without_tokens_is_not_there():
 @pytest.mark.parametrize("kl_coef", [0, 0.1])
 @pytest.mark.parametrize("shape", [(3, 4), (0, 4), (3, 0)])
 def test_a_micro_batch_without_tokens_still_has_a_gradient(objective, kl_coef, shape):
-    """Mistake 10: nothing counts in this rank's micro-batch, so the loss was a plain 0.
+    """Seen elsewhere: nothing counts in this rank's micro-batch, so the loss was a plain 0.
 
     Plain 0 has no graph: backward fails here, or is skipped, while the other ranks wait for this
     one in the all-reduce of their gradients, until the time limit. The loss must be a 0 that hangs
