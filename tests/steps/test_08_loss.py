@@ -286,7 +286,7 @@ HALVES = [(0, 2), (1, 3)]  # 2 + 1 and 3 + 4 tokens
 
 @pytest.mark.parametrize("objective", EXAMPLES)
 def test_micro_batches_add_up_to_the_batch(objective):
-    """Seen elsewhere: a denominator of the micro-batch's own, where the formula has the whole batch's.
+    """Seen elsewhere: a denominator of the micro-batch's own in place of the whole batch's.
 
     Given the global counts, ten tokens and four sequences, the halves' losses and gradients sum to
     the batch's. So the memory of the machine does not decide what is learned.
