@@ -5,6 +5,7 @@ has its turn. Rounds alternate between the peers, and medians are compared: what
 machine disturbs all of them.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 
 import torch
@@ -140,6 +141,8 @@ def make_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
 
 # --- turns ---------------------------------------------------------------------------------------
 
+Peer = Callable[[Case], Iterator[None]]  # a generator: what it does between two yields is a turn
+
 
 @dataclass(frozen=True)
 class Result:
@@ -150,13 +153,8 @@ class Result:
     peak_gigabytes: float
 
 
-def compare(
-    peers: dict[str, Callable[[Case], Iterator[None]]], case: Case, rounds: int, threads: int
-) -> dict[str, Result]:
-    """Let each peer take `rounds` turns after one to warm up, in alternation.
-
-    A peer is a generator: what it does between two yields is a turn.
-    """
+def compare(peers: dict[str, Peer], case: Case, rounds: int, threads: int) -> dict[str, Result]:
+    """Let each peer take `rounds` turns after one to warm up, in alternation."""
     context = multiprocessing.get_context("spawn")
     channels: dict[str, Connection] = {}
     seconds: dict[str, list[float]] = {name: [] for name in peers}
@@ -185,9 +183,7 @@ def compare(
     }
 
 
-def serve(
-    peer: Callable[[Case], Iterator[None]], case: Case, threads: int, channel: Connection
-) -> None:
+def serve(peer: Peer, case: Case, threads: int, channel: Connection) -> None:
     """The process of one peer: takes a turn when told to, and says how long it took."""
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
@@ -232,20 +228,67 @@ def table(case: Case, results: dict[str, Result]) -> str:
     return "\n".join(lines)
 
 
+def machine() -> dict[str, str | int | None]:
+    """What the results depend on."""
+    cuda = torch.cuda.is_available()
+    return {
+        "machine": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 def as_json(measured: Sequence[tuple[Case, dict[str, Result]]]) -> str:
     """Everything measured, with machine and versions, as one line."""
-    machine = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+    results = [
+        asdict(case) | {name: asdict(result) for name, result in results.items()}
+        for case, results in measured
+    ]
+    return json.dumps(machine() | {"results": results})
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def cases(first: Case, growth: bool) -> list[Case]:
+    """Equal and ragged lengths; growth with G and with the prompt."""
+    chosen = [first, replace(first, ragged=True)]
+    if growth:
+        chosen += [replace(first, group_size=size) for size in (4, 8, 16, 32)]
+        chosen += [replace(first, prompt_tokens=tokens) for tokens in (128, 512, 2048)]
+    return chosen
+
+
+def case_arguments(parser: argparse.ArgumentParser, default: Case) -> None:
+    """The flags of a case."""
+    parser.add_argument("--model", default=default.model, help="a shape, a folder or a hub name")
+    for name in ("prompts", "group_size", "prompt_tokens", "new_tokens"):
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=int, default=getattr(default, name))
+
+
+def case_of(settings: argparse.Namespace) -> Case:
+    """The case that the flags describe."""
+    return Case(
+        settings.model,
+        settings.prompts,
+        settings.group_size,
+        settings.prompt_tokens,
+        settings.new_tokens,
     )
-    return json.dumps(
-        {
-            "machine": machine,
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "results": [
-                asdict(case) | {name: asdict(result) for name, result in results.items()}
-                for case, results in measured
-            ],
-        }
-    )
+
+
+def run(description: str, peers: dict[str, Peer]) -> None:
+    """Measure the cases that the command line asks for; print tables and, last, one JSON line."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    case_arguments(parser, Case())
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each, after a warm-up")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--growth", action="store_true", help="more groups and prompts")
+    settings = parser.parse_args()
+    measured = []
+    for case in cases(case_of(settings), settings.growth):
+        measured.append((case, compare(peers, case, settings.rounds, settings.threads)))
+        print(table(*measured[-1]), flush=True)
+    print(as_json(measured))

@@ -6,14 +6,12 @@
 Both sample at temperature 1 from the same bfloat16 model and prompts, to the same lengths.
 """
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from benchmarks.common import END, Case, as_json, compare, make_model, table
+from benchmarks.common import END, Case, make_model, run
 from grpo.generation import generate_groups
 from grpo.sampling import Sampling
 
@@ -54,7 +52,7 @@ class EndAt(LogitsProcessor):
 def generate(case: Case) -> Iterator[None]:
     """A turn is one call of `model.generate` with all completions as rows."""
     model = make_model(case.model, torch.bfloat16).eval()
-    lengths = [length for group in case.lengths() for length in group]
+    lengths = sum(case.lengths(), [])
     turn = 0
     while True:
         yield
@@ -74,50 +72,5 @@ def generate(case: Case) -> Iterator[None]:
         turn += 1
 
 
-def cases(first: Case, growth: bool) -> list[Case]:
-    """Equal and ragged lengths; growth with G and with the prompt."""
-    chosen = [first, replace(first, ragged=True)]
-    if growth:
-        chosen += [replace(first, group_size=size) for size in (4, 8, 16, 32)]
-        chosen += [replace(first, prompt_tokens=tokens) for tokens in (128, 512, 2048)]
-    return chosen
-
-
-def case_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a case, and of how it is measured."""
-    default = Case()
-    parser.add_argument("--model", default=default.model, help="a shape, a folder or a hub name")
-    for name in ("prompts", "group_size", "prompt_tokens", "new_tokens"):
-        flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=int, default=getattr(default, name))
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each, after a warm-up")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--growth", action="store_true", help="more groups and prompts")
-
-
-def case_of(settings: argparse.Namespace) -> Case:
-    """The case that the flags describe."""
-    return Case(
-        settings.model,
-        settings.prompts,
-        settings.group_size,
-        settings.prompt_tokens,
-        settings.new_tokens,
-    )
-
-
-def main() -> None:
-    """Measure, and print the tables and, last, one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    case_arguments(parser)
-    settings = parser.parse_args()
-    measured = []
-    for case in cases(case_of(settings), settings.growth):
-        peers = {"ours": ours, "model.generate": generate}
-        measured.append((case, compare(peers, case, settings.rounds, settings.threads)))
-        print(table(*measured[-1]), flush=True)
-    print(as_json(measured))
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, {"ours": ours, "model.generate": generate})

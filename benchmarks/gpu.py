@@ -20,12 +20,20 @@ import time
 from collections.abc import Callable
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks import cuda_checks
-from benchmarks.common import Case, compare, make_model, table
+from benchmarks.common import (
+    Case,
+    case_arguments,
+    case_of,
+    compare,
+    machine,
+    make_model,
+    peak_gigabytes,
+    table,
+)
 from benchmarks.generation import generate, ours
 from grpo.generation import STEPS_BETWEEN_LOOKS, Batch, Branch, find_decoder, size_for
 from grpo.logprobs import score
@@ -98,13 +106,10 @@ def measure_decoding(case: Case, bandwidth: float) -> dict[str, float]:
 
     step = seconds(steps_between_looks) / STEPS_BETWEEN_LOOKS
     graphs = batch.decoder.graphs
-    config = model.config
-    size_of_head = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    width = config.num_key_value_heads * size_of_head
+    _, heads, _, size_of_head = batch.decoder.cache.own[0].keys.shape
+    kept = 2 * heads * size_of_head * len(batch.decoder.cache.own)  # numbers per token
     places = case.prompts * case.prompt_tokens + case.rows * own_tokens
-    must_read = 2 * (weights_used(model) + places * 2 * width * config.num_hidden_layers)
+    must_read = 2 * (weights_used(model) + places * kept)
     return {
         "decode_step_ms": 1e3 * step,
         "decode_tokens_per_second": case.rows / step,
@@ -137,22 +142,18 @@ def measure_update(case: Case, rate: float) -> dict[str, float]:
         "update_seconds": elapsed,
         "update_tokens": row.token_ids.numel(),
         "update_of_matrix_rate": operations / elapsed / rate,
-        "update_peak_gigabytes": torch.cuda.max_memory_allocated() / 1e9,
+        "update_peak_gigabytes": peak_gigabytes(),
     }
 
 
 def main() -> None:
     """Check, measure, and print one JSON line at the end."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="qwen2.5-7b", help="a shape, a folder or a hub name")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=256)
+    case_arguments(parser, Case("qwen2.5-7b", 8, 8, prompt_tokens=512, new_tokens=256))
     settings = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device: this benchmark needs one")
-    case = Case(**vars(settings))
+    case = case_of(settings)
     cuda_checks.run_all()
 
     bandwidth, rate = copy_bandwidth(), matrix_rate()
@@ -168,17 +169,7 @@ def main() -> None:
     torch.cuda.empty_cache()  # the peers have processes of their own
     peers = compare({"ours": ours, "model.generate": generate}, case, rounds=3, threads=4)
     print(table(case, peers), flush=True)
-    print(
-        json.dumps(
-            results
-            | {name: vars(result) for name, result in peers.items()}
-            | {
-                "machine": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            }
-        )
-    )
+    print(json.dumps(machine() | results | {name: vars(peer) for name, peer in peers.items()}))
 
 
 if __name__ == "__main__":

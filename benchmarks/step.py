@@ -8,7 +8,6 @@ The same on both sides: model, prompts, lengths of completions, float32 weights 
 a reference with β = .01, checkpointing, and a reward that costs nothing.
 """
 
-import argparse
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,8 +17,8 @@ import torch
 from transformers import LogitsProcessorList, TrainerCallback
 
 import grpo.trainer
-from benchmarks.common import END, Case, as_json, compare, make_model, make_tokenizer, table
-from benchmarks.generation import EndAt, case_arguments, case_of, cases
+from benchmarks.common import END, Case, make_model, make_tokenizer, run
+from benchmarks.generation import EndAt
 from grpo.config import Config, GRPOConfig, RolloutConfig, TrainConfig
 from grpo.generation import generate_groups
 from grpo.parallel import cast_copy, pick_device, shard, start_ranks
@@ -126,7 +125,7 @@ def trl(case: Case) -> Iterator[None]:
             disable_tqdm=True,
         ),
     )
-    lengths = [length for group in case.lengths() for length in group]
+    lengths = sum(case.lengths(), [])
     generate = trainer.model.generate
 
     def forced(*arguments: Any, **settings: Any) -> Any:
@@ -152,18 +151,5 @@ def trl(case: Case) -> Iterator[None]:
             raise failures[0]
 
 
-def main() -> None:
-    """Measure, and print the tables and, last, one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    case_arguments(parser)
-    settings = parser.parse_args()
-    measured = []
-    for case in cases(case_of(settings), settings.growth):
-        results = compare({"ours": ours, "TRL": trl}, case, settings.rounds, settings.threads)
-        measured.append((case, results))
-        print(table(case, results), flush=True)
-    print(as_json(measured))
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, {"ours": ours, "TRL": trl})

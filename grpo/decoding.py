@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from grpo.cuda_graphs import StepGraphs
 from grpo.sampling import Sampling, sample, uniform
-from grpo.shared_prefix import Layout, SharedPrefixCache
+from grpo.shared_prefix import Layout, SharedPrefixCache, no_mask
 
 TOKENS_PER_BUCKET = 128
 
@@ -114,8 +114,7 @@ class Decoder:
         self.prompt_length, self.lane_of_row = zeros(size.rows), zeros(size.rows)
         self.slot_length = zeros(size.slots) + 1
         self.row_of_lane = zeros(size.slots * size.lanes)
-        # transformers passes a 4-D mask on as it is, and would build one if it got none.
-        self.no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)
+        self.no_mask = no_mask(self.device)
         self.graphs: StepGraphs[Window] | None = StepGraphs() if uses_graphs(self.device) else None
         self.addresses = addresses_of(model)
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from grpo.packing import PackedRow, pack
 from grpo.sampling import scale_logits
-from grpo.shared_prefix import use_shared_prefix
+from grpo.shared_prefix import no_mask, use_shared_prefix
 from grpo.tree_attention import attention_over
 
 # Tokens whose logits exist at once. On a CPU few, so that their memory is used again and again.
@@ -57,8 +57,7 @@ def score_row(model: PreTrainedModel, row: PackedRow, temperature: float) -> tup
     hidden = model.get_decoder()(
         input_ids=row.token_ids,
         position_ids=row.position_ids,
-        # transformers passes a 4-D mask on as it is, and would build one [L, L] if it got none.
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.targets.device),
+        attention_mask=no_mask(row.targets.device),
         use_cache=False,
         attend=attention_over(row),
     ).last_hidden_state[0]

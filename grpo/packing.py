@@ -153,7 +153,10 @@ def tree_mask(tree: Tensor, branch: Tensor) -> Tensor:
     prompt (branch 0) or to its own branch.
     """
     order = torch.arange(len(tree), device=tree.device)
-    not_after = order[:, None] >= order
-    same_tree = tree[:, None] == tree
-    same_branch = branch[:, None] == branch
-    return not_after & same_tree & (same_branch | (branch == 0))
+    return may_see(tree, branch, order[:, None], order)
+
+
+def may_see(tree: Tensor, branch: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """`tree_mask` at the places `query` and `key`, two index tensors whose shapes broadcast."""
+    same_branch = (branch[query] == branch[key]) | (branch[key] == 0)
+    return (query >= key) & (tree[query] == tree[key]) & same_branch

@@ -74,6 +74,12 @@ def use_shared_prefix(model: PreTrainedModel) -> None:
         model.set_attn_implementation(NAME)
 
 
+def no_mask(device: torch.device) -> Tensor:
+    """What to give a model for its mask where attention has its own: transformers passes a 4-D mask
+    on as it is, and would build one [T, T] if it got none."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
 def refuse_unsupported(model: PreTrainedModel) -> None:
     """Raise UnsupportedModel where the configuration names layers other than full attention."""
     config = model.config.get_text_config()

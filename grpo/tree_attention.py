@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from grpo.packing import PackedRow, pack
+from grpo.packing import PackedRow, may_see, pack
 from grpo.shared_prefix import Attend
 
 BLOCK = 128  # tokens; rows are padded to multiples of it, so that fewer shapes are compiled
@@ -128,8 +128,7 @@ def tree_blocks(row: PackedRow) -> BlockMask:
     branch = torch.cat([row.branch, torch.arange(1, 1 + padding, device=row.branch.device)])
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same_branch = (branch[query] == branch[key]) | (branch[key] == 0)
-        return (query >= key) & (tree[query] == tree[key]) & same_branch
+        return may_see(tree, branch, query, key)
 
     block = torch.arange(len(tree), device=tree.device) // BLOCK
     count = len(tree) // BLOCK
