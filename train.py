@@ -7,42 +7,46 @@
 Config → parts → the loop. What a step does is in grpo/trainer.py.
 """
 
-import itertools
 import os
 import random
 import sys
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import data
 from grpo.checkpoint import export_policy
 from grpo.config import Config, ConfigError, Flags, load_config, to_toml
-from grpo.monitor import (
-    append_line,
-    mean,
-    rollout_metrics,
-    scored,
-    standard_error,
-    warnings_of,
-)
+from grpo.monitor import append_line, rollout_metrics, warnings_of
 from grpo.parallel import Ranks, cast_copy, pick_device, shard, start_ranks
-from grpo.policy import context_length, encode_chat, load_policy, load_tokenizer
+from grpo.patience import RunStopped
+from grpo.policy import context_length, load_policy, load_tokenizer
+from grpo.prompts import Messages, check_lengths, count_steps, make_prompts, prompts_of_step
 from grpo.reward import RewardFunction, import_reward
 from grpo.rollout import Group, Prompt, write_groups
-from grpo.sampling import random_key
+from grpo.summary import heldout_metrics, summary
 from grpo.trainer import Trainer
 from perm_reward import JudgeConfig, PermReward, RewardConfig, Seeker, make_judge, policy_messages
+from perm_reward.estimate import estimate
+from perm_reward.panel import Panel
+from perm_reward.spending import Spending, bystander_scores
+from perm_reward.store_service import RemoteStore, StoreService, serve_store, socket_path
+from perm_reward.verdict_store import StoreError, VerdictStore
 
-RUN_FILES = ("config.toml", "metrics.jsonl", "rollouts.jsonl", "heldout.jsonl", "policy")
-COLUMN = 56  # characters, of the two answers side by side
+RUN_FILES = (
+    "config.toml",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    "heldout.jsonl",
+    "policy",
+    "verdicts",
+)
 
 
 @dataclass
@@ -69,6 +73,10 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunStopped as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: {error}; the policy as it was is in {config.output}", file=sys.stderr)
+        sys.exit(1)
 
 
 def train(config: RunConfig, ranks: Ranks) -> None:
@@ -77,22 +85,20 @@ def train(config: RunConfig, ranks: Ranks) -> None:
         model_name = find_policy(config)
         tokenizer = load_tokenizer(model_name)
         train_records, heldout_records = load_data(config)
-        prompts = make_prompts("data.train", train_records, tokenizer, config)
-        heldout = make_prompts("data.heldout", heldout_records, tokenizer, config)
+        prompts = make_prompts("data.train", with_messages(train_records), tokenizer, config)
+        heldout = make_prompts("data.heldout", with_messages(heldout_records), tokenizer, config)
         check_lengths([*prompts, *heldout], context_length(model_name), config)
-        steps_per_epoch = len(prompts) // config.grpo.prompts_per_step
-        if steps_per_epoch == 0:
-            raise ConfigError(
-                f"grpo.prompts_per_step = {config.grpo.prompts_per_step}: data.train has only "
-                f"{len(prompts)} records; lower it or give more records"
-            )
+        steps = count_steps(prompts, config)
         reward = make_reward(config, ranks)
+        completions = count_completions(steps, len(heldout), config)
+        spending = plan_spending(reward, train_records, completions, config, ranks)
+        try_judge(reward, ranks)
     with ranks.failing_together():
         policy = load_policy(model_name, ranks.device)
         output = make_output(config, ranks)
+    service = keep_verdicts(reward, output, ranks)
 
     compute_dtype = getattr(torch, config.policy.compute_dtype)
-    steps = config.train.steps or steps_per_epoch
     trainer = Trainer(
         config=config,
         ranks=ranks,
@@ -103,40 +109,100 @@ def train(config: RunConfig, ranks: Ranks) -> None:
         reward=reward,
         steps=steps,
     )
+    run = Run(config, trainer, prompts, heldout, output, spending)
+    try:
+        run.take_steps()
+    finally:
+        # However the run ends: what it has learned is kept, and no judge is left running.
+        if ranks.is_main and run.after:
+            export_policy(trainer.generator, policy.tokenizer, policy.stop_ids, output / "policy")
+        for part in (reward, service):
+            if hasattr(part, "close"):
+                part.close()
+    if ranks.is_main:
+        judge = f", judge: {reward.judge.label}" if isinstance(reward, PermReward) else ""
+        print(summary(run.before, run.after, output, config.reward + judge, run.remarks))
 
-    def evaluate(step: int) -> list[Group]:
-        groups = trainer.evaluate(heldout)
-        if ranks.is_main:
-            write_groups(output / "heldout.jsonl", step, groups)
-            append_line(output / "evaluations.jsonl", {"step": step, **heldout_metrics(groups)})
+
+@dataclass
+class Run:
+    """The loop over the steps, and the files it writes."""
+
+    config: RunConfig
+    trainer: Trainer
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+    output: Path
+    spending: Spending | None
+    before: list[Group] = field(default_factory=list)
+    after: list[Group] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def take_steps(self) -> None:
+        """All steps, with an evaluation before the first, after the last, and as often as asked."""
+        config, steps, is_main = self.config, self.trainer.steps, self.trainer.ranks.is_main
+        in_a_step = config.grpo.prompts_per_step * config.grpo.group_size
+        self.before = self.after = self.evaluate(0)
+        with tqdm(total=steps, desc="training", unit="step", disable=not is_main) as bar:
+            for step in range(1, steps + 1):
+                ahead = in_a_step + self.heldout_completions
+                if self.spending and not self.spending.allows(ahead):
+                    self.remarks.append(
+                        f"stopped          before step {step} of {steps}: {self.spending}"
+                    )
+                    if bar.n:
+                        self.after = self.evaluate(step - 1)
+                    break
+                metrics = self.take_step(step)
+                bar.set_postfix_str(
+                    f"reward {metrics['reward_mean']:.3f}, KL {metrics.get('kl', 0):.4f}, "
+                    f"{metrics['completion_tokens_mean']:.0f} tokens"
+                )
+                bar.update()
+                every = config.evaluation.every
+                if step == steps or (every and step % every == 0):
+                    self.after = self.evaluate(step)
+        if self.spending and self.spending.spent:
+            self.remarks.append(f"judges cost      {self.spending.spent:,.2f}")
+
+    def take_step(self, step: int) -> dict[str, float]:
+        """One step, numbered from 1; returns its metrics."""
+        trainer, is_main = self.trainer, self.trainer.ranks.is_main
+        groups = trainer.rollout(step - 1, prompts_of_step(self.prompts, step - 1, self.config))
+        if is_main:  # before the update: verdicts are paid for
+            write_groups(self.output / "rollouts.jsonl", step, groups)
+        metrics = {"step": step, **rollout_metrics(groups), **self.judge_metrics(groups)}
+        if isinstance(trainer.reward, PermReward):
+            details = [c.details for group in groups for c in group.completions]
+            trainer.reward.steer_bystander_weight(bystander_scores(details))
+        metrics |= trainer.update(step - 1)
+        if is_main:
+            append_line(self.output / "metrics.jsonl", metrics)
+            for warning in warnings_of(metrics):
+                tqdm.write(f"warning: step {step}: {warning}", file=sys.stderr)
+        return metrics
+
+    def evaluate(self, step: int) -> list[Group]:
+        """Held-out completions after so many steps."""
+        groups = self.trainer.evaluate(self.heldout)
+        self.judge_metrics(groups)
+        if self.trainer.ranks.is_main:
+            write_groups(self.output / "heldout.jsonl", step, groups)
+            line = {"step": step, **heldout_metrics(groups)}
+            append_line(self.output / "evaluations.jsonl", line)
         return groups
 
-    before = after = evaluate(0)
-    with tqdm(total=steps, desc="training", unit="step", disable=not ranks.is_main) as bar:
-        for step in range(steps):
-            groups = trainer.rollout(step, prompts_of_step(prompts, step, config))
-            if ranks.is_main:  # before the update: verdicts are paid for
-                write_groups(output / "rollouts.jsonl", step + 1, groups)
-            metrics = {"step": step + 1, **rollout_metrics(groups), **trainer.update(step)}
-            if ranks.is_main:
-                append_line(output / "metrics.jsonl", metrics)
-            bar.set_postfix_str(
-                f"reward {metrics['reward_mean']:.3f}, KL {metrics.get('kl', 0):.4f}, "
-                f"{metrics['completion_tokens_mean']:.0f} tokens"
-            )
-            bar.update()
-            for warning in warnings_of(metrics):
-                tqdm.write(f"warning: step {step + 1}: {warning}", file=sys.stderr)
-            every = config.evaluation.every
-            if step + 1 == steps or (every and (step + 1) % every == 0):
-                after = evaluate(step + 1)
+    @property
+    def heldout_completions(self) -> int:
+        """How many completions an evaluation judges."""
+        return len(self.heldout) * self.config.evaluation.samples
 
-    if ranks.is_main:
-        export_policy(trainer.generator, policy.tokenizer, policy.stop_ids, output / "policy")
-        judge = f", judge: {reward.judge.label}" if isinstance(reward, PermReward) else ""
-        print(summary(before, after, output, config.reward + judge))
-    if hasattr(reward, "close"):
-        reward.close()
+    def judge_metrics(self, groups: Sequence[Group]) -> dict[str, float]:
+        """What the judges have cost so far, and what the bystander weighs."""
+        if self.spending is None:
+            return {}
+        costs = self.spending.record(sum(len(group.completions) for group in groups))
+        return costs | {"bystander_weight": self.trainer.reward.config.bystander_weight}
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -178,72 +244,99 @@ def read_records(setting: str, name: str) -> list[data.SeekerRecord]:
         raise ConfigError(f"{setting} = {name}: {error}") from error
 
 
-def make_prompts(
-    setting: str,
-    records: Sequence[data.SeekerRecord],
-    tokenizer: PreTrainedTokenizerBase,
-    config: RunConfig,
-) -> list[Prompt]:
-    """The policy's prompt for each record, as text and tokens, numbered by the record's place."""
-    prompts = []
-    for i, record in enumerate(records):
-        messages = policy_messages(Seeker(record.persona, record.scenario, record.query))
-        text, token_ids = encode_chat(tokenizer, messages)
-        if not token_ids:
-            raise ConfigError(
-                f"policy.model = {config.policy.model}: record {i + 1} of {setting} makes an empty "
-                "prompt; see that the tokenizer's files are all there (tokenizer.json) and that "
-                "its chat template writes the messages"
-            )
-        if len(token_ids) > config.rollout.max_prompt_tokens:
-            raise ConfigError(
-                f"rollout.max_prompt_tokens = {config.rollout.max_prompt_tokens}: record {i + 1} "
-                f"of {setting} makes a prompt of {len(token_ids)} tokens; raise the setting or "
-                "shorten the record"
-            )
-        prompts.append(Prompt(i, text, token_ids, asdict(record)))
-    return prompts
+def with_messages(
+    records: Iterable[data.SeekerRecord],
+) -> Iterator[tuple[Messages, dict[str, Any]]]:
+    """What the policy is asked for each record, beside the record as the reward gets it."""
+    for record in records:
+        yield policy_messages(seeker_of(record)), asdict(record)
 
 
-def check_lengths(prompts: Sequence[Prompt], context: int | None, config: RunConfig) -> None:
-    """Raise ConfigError where the longest prompt and completion exceed the model's context."""
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    limit = config.rollout.max_completion_tokens
-    if context is not None and longest + limit > context:
-        raise ConfigError(
-            f"rollout.max_completion_tokens = {limit}: with the longest prompt ({longest} tokens) "
-            f"that exceeds the context of policy.model, {context} tokens; lower it to "
-            f"{max(0, context - longest)} or shorten the records"
-        )
-
-
-def prompts_of_step(prompts: Sequence[Prompt], step: int, config: RunConfig) -> list[Prompt]:
-    """The prompts of a step: each epoch is a shuffle of its own, dealt in equal steps.
-
-    What is left over at the end of an epoch is left out, so that no step sees a prompt twice.
-    """
-    size = config.grpo.prompts_per_step
-    epoch, place = divmod(step, len(prompts) // size)
-    order = list(range(len(prompts)))
-    random.Random(int(random_key(config.seed, epoch))).shuffle(order)
-    return [prompts[i] for i in order[place * size : (place + 1) * size]]
+def seeker_of(record: data.SeekerRecord) -> Seeker:
+    """The part of a record that policy and judges see."""
+    return Seeker(record.persona, record.scenario, record.query)
 
 
 # --- reward and results --------------------------------------------------------------------------
 
 
 def make_reward(config: RunConfig, ranks: Ranks) -> RewardFunction:
-    """The reward function; the judge's key is looked for on every rank, the judge tried on one."""
+    """The reward function. Each rank must have the judge's key; nobody is asked yet."""
     if config.reward != "perm":
         sys.path.insert(0, os.getcwd())
         return import_reward(config.reward)
     try:
-        judge = make_judge(config.judge)
-        if ranks.is_main:
-            judge.check()
+        share = ranks.rank, ranks.world_size
+        judge = make_judge(config.judge, seed=config.seed, share=share)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return PermReward(judge, config.perm)
+    return PermReward(judge, config.perm, completion_seconds=config.judge.completion_seconds)
+
+
+def try_judge(reward: RewardFunction, ranks: Ranks) -> None:
+    """Have the judge answer once, to one rank, before any work is done."""
+    if isinstance(reward, PermReward) and ranks.is_main:
+        try:
+            reward.judge.check()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def plan_spending(
+    reward: RewardFunction,
+    records: Sequence[data.SeekerRecord],
+    completions: int,
+    config: RunConfig,
+    ranks: Ranks,
+) -> Spending | None:
+    """The run's budget. Says first what its judges may cost, where they are paid."""
+    if not isinstance(reward, PermReward):
+        return None
+    judge, longest = config.judge, config.rollout.max_completion_tokens
+    cost = estimate(judge, list(map(seeker_of, records)), completions, longest)
+    if judge.budget and not cost.money:
+        raise ConfigError(
+            f"judge.budget = {judge.budget:g}: no judge has a price; give judge.price_input and "
+            "judge.price_output, or set it to 0"
+        )
+    if cost.calls and ranks.is_main:
+        print(f"judges: {cost}", flush=True)
+    return Spending(reward, ranks.gather, judge.budget, cost.money / completions)
+
+
+def count_completions(steps: int, heldout: int, config: RunConfig) -> int:
+    """How many completions a run judges."""
+    every = config.evaluation.every
+    evaluations = 2 + ((steps - 1) // every if every else 0)
+    in_steps = steps * config.grpo.prompts_per_step * config.grpo.group_size
+    return in_steps + evaluations * heldout * config.evaluation.samples
+
+
+def keep_verdicts(reward: RewardFunction, output: Path, ranks: Ranks) -> StoreService | None:
+    """Keep every verdict in the run folder, from now on: one file per node, held by one process.
+
+    Returns the service by which the other processes of this node reach it, where this one holds it.
+    """
+    if not isinstance(reward, PermReward) or not isinstance(reward.judge, Panel):
+        return None
+    node = os.environ.get("GROUP_RANK", "0")
+    path = output / "verdicts" / f"node-{node}.sqlite"
+    service = None
+    with ranks.failing_together():
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            try:
+                path.parent.mkdir(exist_ok=True)
+                store = VerdictStore(path)
+                reward.judge.store = store
+                if ranks.world_size > 1:
+                    service = serve_store(store, socket_path(path))
+            except (OSError, StoreError) as error:
+                raise ConfigError(
+                    f"output = {output}: verdicts cannot be kept ({error})"
+                ) from error
+    if ranks.world_size > 1:
+        reward.judge.store = RemoteStore(socket_path(path))
+    return service
 
 
 def make_output(config: RunConfig, ranks: Ranks) -> Path:
@@ -260,55 +353,6 @@ def make_output(config: RunConfig, ranks: Ranks) -> Path:
         except OSError as error:
             raise ConfigError(f"output = {output}: cannot be written ({error.strerror})") from error
     return output
-
-
-def heldout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Held-out reward with its standard error (over seekers), and the other rollout metrics."""
-    by_seeker = [mean(rewards) for g in groups if (rewards := scored(g.completions))]
-    error = standard_error(by_seeker)
-    return {"reward_standard_error": error, "seekers": len(by_seeker)} | rollout_metrics(groups)
-
-
-def summary(before: Sequence[Group], after: Sequence[Group], output: Path, reward: str) -> str:
-    """Held-out reward before and after, and one seeker's two answers side by side."""
-    first, last = heldout_metrics(before), heldout_metrics(after)
-    seeker = before[0].prompt.record
-    texts = [groups[0].completions[0].text for groups in (before, after)]
-    return "\n".join(
-        [
-            "",
-            f"held-out reward  {in_words(first)} → {in_words(last)}   "
-            f"(mean ± standard error over {last['seekers']:.0f} seekers)",
-            f"reward           {reward}",
-            f"saved to         {output / 'policy'}",
-            "",
-            *textwrap.wrap(f"a held-out seeker: {seeker['query']}", 2 * COLUMN + 3),
-            "",
-            *side_by_side("before", texts[0], "after", texts[1]),
-        ]
-    )
-
-
-def in_words(metrics: dict[str, float]) -> str:
-    """A held-out reward with its error, or that no judge could score any answer."""
-    if metrics["seekers"] == 0:
-        return "none scored"
-    return f"{metrics['reward_mean']:.3f} ± {metrics['reward_standard_error']:.3f}"
-
-
-def side_by_side(left_title: str, left: str, right_title: str, right: str) -> list[str]:
-    """Two texts in two columns."""
-    columns = [
-        [title, "─" * COLUMN, *(w for line in text.splitlines() for w in wrap(line))]
-        for title, text in ((left_title, left), (right_title, right))
-    ]
-    rows = itertools.zip_longest(*columns, fillvalue="")
-    return [f"{a:<{COLUMN}} │ {b}".rstrip() for a, b in rows]
-
-
-def wrap(line: str) -> list[str]:
-    """A line cut to the width of a column; an empty one stays."""
-    return textwrap.wrap(line, COLUMN) or [""]
 
 
 if __name__ == "__main__":

@@ -153,6 +153,11 @@ class TrainConfig:
     """tokens run through the model at once: short groups are packed together, long ones split"""
     gradient_checkpointing: bool = True
     """recompute activations in the backward pass: less memory, more time"""
+    max_unscored: float = 0.2
+    """largest part of a step's completions that may lack a reward; above it training pauses,
+    and they are judged again"""
+    patience_seconds: float = 1800.0
+    """how long training pauses in all for judges that fail; then it stops, everything saved"""
 
     def __post_init__(self) -> None:
         check(self, "steps", self.steps >= 0, "0 (one epoch) or more")
@@ -164,6 +169,8 @@ class TrainConfig:
         check(self, "adam_epsilon", self.adam_epsilon > 0, "above 0")
         check(self, "weight_decay", self.weight_decay >= 0, "0 or more")
         check(self, "max_gradient_norm", self.max_gradient_norm > 0, "above 0")
+        check(self, "max_unscored", 0 <= self.max_unscored <= 1, "0 to 1")
+        check(self, "patience_seconds", self.patience_seconds >= 0, "0 or more seconds")
 
 
 @dataclass

@@ -50,10 +50,15 @@ class Ranks:
 
     def collect(self, mine: list[T]) -> list[T]:
         """The shares of all ranks, on every rank, in the order from which `deal` dealt them."""
-        shares: list[list[T]] = [[] for _ in range(self.world_size)]
-        dist.all_gather_object(shares, mine)
+        shares = self.gather(mine)
         total = sum(map(len, shares))
         return [shares[i % self.world_size][i // self.world_size] for i in range(total)]
+
+    def gather(self, mine: T) -> list[T]:
+        """What each rank has, on every rank, in the order of ranks."""
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks of a tensor of numbers."""
@@ -77,9 +82,7 @@ class Ranks:
             yield
         except ConfigError as e:
             error = e
-        errors: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(errors, str(error) if error else None)
-        for rank, message in enumerate(errors):
+        for rank, message in enumerate(self.gather(str(error) if error else None)):
             if message is not None:
                 raise error or ConfigError(f"{message} (on rank {rank})")
 

@@ -9,28 +9,45 @@ called once when all completions have ended. One that can start earlier also has
     reward.submit(prompt, completion, completion_ids, **record) -> Future
 
 whose result is a float or None, and whose attribute `details`, if it has one, is kept with the
-completion. It is then called for each completion as soon as that has ended.
+completion. It is then called for each completion as soon as that has ended. Such a reward may know
+that its judges can fail, and be worth asking again, by also having
+
+    reward.forget_failures()    called before completions without a reward are submitted again
+    reward.traffic              where its calls are: .waiting, .in_flight, .failing
 """
 
 import importlib
 import math
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any, cast
+
+from tqdm import tqdm
 
 from grpo.config_loader import ConfigError
 from grpo.rollout import Completion, Group, Prompt
+
+SILENT_SECONDS = 2.0  # of waiting, after which a line of progress says so
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
 
 class RewardCalls:
-    """The rewards of one rollout: `start` for each completion as it ends, then `finish`."""
+    """The rewards of one rollout: `start` for each completion as it ends, then `finish`.
 
-    def __init__(self, reward: RewardFunction) -> None:
+    speaks: whether to show a line of progress while waiting.
+    """
+
+    def __init__(self, reward: RewardFunction, *, speaks: bool = False) -> None:
         self.reward = reward
-        self.pending: list[tuple[Completion, Future]] = []
+        self.speaks = speaks
+        self.pending: list[tuple[Prompt, Completion, Future]] = []
+
+    @property
+    def can_ask_again(self) -> bool:
+        """Whether a completion without a reward may get one when it is submitted once more."""
+        return hasattr(self.reward, "submit") and hasattr(self.reward, "forget_failures")
 
     def start(self, prompt: Prompt, completion: Completion) -> None:
         """Submit one completion that has its text, if the reward can start early."""
@@ -38,7 +55,15 @@ class RewardCalls:
             future = self.reward.submit(
                 prompt.text, completion.text, completion.token_ids, **prompt.record
             )
-            self.pending.append((completion, future))
+            self.pending.append((prompt, completion, future))
+
+    def start_again(self, groups: Sequence[Group]) -> None:
+        """Submit once more what has no reward."""
+        cast(Any, self.reward).forget_failures()
+        for group in groups:
+            for completion in group.completions:
+                if completion.reward is None:
+                    self.start(group.prompt, completion)
 
     def finish(self, groups: Sequence[Group]) -> None:
         """Wait for the rewards of all completions and write them into the groups.
@@ -48,15 +73,40 @@ class RewardCalls:
         """
         if not hasattr(self.reward, "submit"):
             call_reward(self.reward, groups)
+        self.wait()
         failure: ConfigError | None = None
-        for completion, future in self.pending:
+        for _, completion, future in self.pending:
             try:
                 completion.reward = as_reward(future.result())
                 completion.details = getattr(future, "details", None) or {}
             except Exception as error:
                 failure = failure or failed(self.reward, error)
+        self.pending = []
         if failure is not None:
             raise failure
+
+    def wait(self) -> None:
+        """Wait until everything submitted has ended, with a line of progress if that takes long."""
+        open_futures = {future for _, _, future in self.pending}
+        with tqdm(
+            total=len(open_futures),
+            desc="judging",
+            unit="completion",
+            leave=False,
+            delay=SILENT_SECONDS,
+            disable=not self.speaks,
+        ) as bar:
+            while open_futures:
+                done, open_futures = wait(open_futures, SILENT_SECONDS, FIRST_COMPLETED)
+                if traffic := getattr(self.reward, "traffic", None):
+                    bar.set_postfix_str(
+                        f"calls in flight {traffic.in_flight}, waiting {traffic.waiting}, "
+                        f"failing {traffic.failing}",
+                        refresh=False,
+                    )
+                bar.update(len(done))
+                if not done:
+                    bar.refresh()
 
 
 def call_reward(reward: RewardFunction, groups: Sequence[Group]) -> None:

@@ -27,6 +27,7 @@ from grpo.loss import policy_loss
 from grpo.optimizer import make_optimizer, set_learning_rate
 from grpo.packing import pack
 from grpo.parallel import Ranks, gradient_norm, plain_copy
+from grpo.patience import finish_rewards
 from grpo.reward import RewardCalls, RewardFunction
 from grpo.rollout import Completion, Group, Prompt
 from grpo.sampling import Sampling
@@ -73,8 +74,8 @@ class Trainer:
         samples = [[Sample(g.prompt.token_ids, c) for c in g.completions] for g in groups]
         with self.timed("reference"):  # while the judges read
             self.remember_reference(samples)
-        with self.timed("reward"), self.ranks.failing_together():
-            calls.finish(groups)
+        with self.timed("reward"):
+            finish_rewards(calls, groups, self.ranks, self.config.train)
         everyone = self.ranks.collect(groups)
         set_advantages(everyone, self.config.grpo.advantage_scale)
         for own, group in zip(samples, self.ranks.deal(everyone), strict=True):
@@ -106,8 +107,7 @@ class Trainer:
         groups, calls = self.sample(
             self.ranks.deal(list(prompts)), HELDOUT_STEP, self.config.evaluation.samples
         )
-        with self.ranks.failing_together():
-            calls.finish(groups)
+        finish_rewards(calls, groups, self.ranks, self.config.train)
         return self.ranks.collect(groups)
 
     # --- sample ------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ class Trainer:
         self, prompts: Sequence[Prompt], step: int, group_size: int
     ) -> tuple[list[Group], RewardCalls]:
         """Generate a group for each prompt; the reward is asked for each completion as it ends."""
-        calls = RewardCalls(self.reward)
+        calls = RewardCalls(self.reward, speaks=self.ranks.is_main)
 
         def on_finish(prompt: int, sample: int, completion: Completion) -> None:
             text = self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)

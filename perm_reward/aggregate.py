@@ -22,6 +22,11 @@ class RewardConfig:
     """what each token above length_limit costs"""
     format_failure: Literal["lowest", "judge"] = "lowest"
     """a completion of broken form: lowest reward at once, or empty text sent to the judges"""
+    bystander_target: float | None = None
+    """mean score of the bystander to hold, 0-100: its weight rises while the mean is below, and
+    falls while it is above; none: the weight stays as it is"""
+    bystander_rate: float = 0.1
+    """what the weight gains per step for a mean 100 points below bystander_target"""
 
     def __post_init__(self) -> None:
         known = self.aggregation in ("harmonic", "mean", "geometric")
@@ -33,6 +38,10 @@ class RewardConfig:
         require(self, "length_penalty", penalty_holds, "0 or more (it is a cost)")
         known = self.format_failure in ("lowest", "judge")
         require(self, "format_failure", known, "lowest or judge")
+        target = self.bystander_target
+        holds = target is None or 0 <= target <= 100
+        require(self, "bystander_target", holds, "0 to 100, or none")
+        require(self, "bystander_rate", 0 < self.bystander_rate < math.inf, "above 0")
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,27 @@
 """Many completions → rewards, with all judges' calls in flight at once."""
 
 import asyncio
-import atexit
-import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
-from functools import cached_property
+from dataclasses import asdict, replace
+from statistics import fmean
 from typing import Any
 
 from perm_reward.aggregate import RewardBreakdown, RewardConfig, lowest_reward, perm_reward
+from perm_reward.background import BackgroundLoop
 from perm_reward.completion import ParsedCompletion, parse_completion
-from perm_reward.judges import Judge
+from perm_reward.judges import Judge, Traffic
+from perm_reward.judges.clock import call_begins
+from perm_reward.panel import Cost, Panel
 from perm_reward.prompts import Seeker
 from perm_reward.rubrics import ROLES, RUBRICS
+from perm_reward.tampering import flags
 from perm_reward.verdict import Verdict
 
 _SEEKER_COLUMNS = ("persona", "scenario", "query")
 _PAPER_FIGURES = RewardConfig()
-_CLOSE_SECONDS = 5.0
 
 ChatMessages = Sequence[Mapping[str, Any]]
 
@@ -31,7 +32,8 @@ class RewardFuture(Future[float | None]):
     details: dict[str, Any] | None = None
     """Set before the result, fit for JSON: judge (its label), analysis, response, well_formed,
     verdicts (per role: score, reply, failure; none for a broken form), reward (core, bystander,
-    length, total; or None) and causes (of missing verdicts)."""
+    length, total; or None), causes (of missing verdicts), flags (what in the completion tries to
+    sway a judge) and flagged (whether there are any)."""
 
 
 class PermReward:
@@ -44,17 +46,23 @@ class PermReward:
         judge: gives the four verdicts of a completion.
         config: how they become a reward.
         tokenizer: counts tokens for the length term where no `completion_ids` are given.
+        completion_seconds: for all calls of a completion, from when the first is sent.
     """
 
     def __init__(
-        self, judge: Judge, config: RewardConfig = _PAPER_FIGURES, tokenizer: Any = None
+        self,
+        judge: Judge,
+        config: RewardConfig = _PAPER_FIGURES,
+        tokenizer: Any = None,
+        completion_seconds: float = 900.0,
     ) -> None:
         self.__name__ = "perm_reward"  # under which TRL logs a reward function
         self.judge = judge
         self.config = config
         self.tokenizer = tokenizer
+        self.completion_seconds = completion_seconds
         self._label = judge.label
-        self._background = _BackgroundLoop(last=judge.close)
+        self._background = BackgroundLoop(last=judge.close)
         self._causes: Counter[str] = Counter()
         self._causes_lock = threading.Lock()
 
@@ -117,6 +125,39 @@ class PermReward:
         scoring.add_done_callback(lambda scoring: self._deliver(scoring, parsed, future))
         return future
 
+    @property
+    def traffic(self) -> Traffic:
+        """Where the judges' calls are; all zeros for a judge that does not say."""
+        return getattr(self.judge, "traffic", Traffic())
+
+    def costs(self) -> dict[str, Cost]:
+        """What the calls have cost so far, by role; empty for a judge that does not say."""
+        return self.judge.costs() if isinstance(self.judge, Panel) else {}
+
+    def forget_failures(self) -> None:
+        """From now on, ask anew for verdicts that failed and were kept as failures."""
+        if hasattr(self.judge, "forget_failures"):
+            self.judge.forget_failures()
+
+    def steer_bystander_weight(self, bystander_scores: Sequence[float]) -> float:
+        """Move the bystander's weight so that the mean of its scores nears the target.
+
+        The weight is the dual variable of the constraint mean(b) ≥ target: where the bystander
+        scores below the target, it counts more from now on, and less where above.
+            weight ← max(0, weight + rate · (target − mean(b)) / 100)
+
+        Args:
+            bystander_scores: b, 0-100, of one step's completions, those of all processes.
+
+        Returns the weight, unchanged where there is no target or no score.
+        """
+        config = self.config
+        if config.bystander_target is not None and bystander_scores:
+            below = (config.bystander_target - fmean(bystander_scores)) / 100
+            weight = max(0.0, config.bystander_weight + config.bystander_rate * below)
+            self.config = replace(config, bystander_weight=weight)
+        return self.config.bystander_weight
+
     def counts(self) -> dict[str, int]:
         """How many verdicts are missing so far, by role and cause: {"reception: timeout": 3}."""
         with self._causes_lock:
@@ -141,10 +182,7 @@ class PermReward:
         if not parsed.well_formed and self.config.format_failure == "lowest":
             return self._details(parsed, [], lowest_reward(completion_tokens, self.config))
 
-        shown = {"analysis": parsed.analysis, "response": parsed.response}
-        verdicts = await asyncio.gather(
-            *(self._verdict(role, seeker, shown[RUBRICS[role].shown]) for role in ROLES)
-        )
+        verdicts = await self._verdicts(seeker, parsed)
         scores = [verdict.score for verdict in verdicts if verdict.score is not None]
         if len(scores) < len(ROLES):
             return self._details(parsed, verdicts, None)
@@ -154,7 +192,23 @@ class PermReward:
         )
         return self._details(parsed, verdicts, breakdown)
 
-    async def _verdict(self, role: str, seeker: Seeker, judged_text: str) -> Verdict:
+    async def _verdicts(self, seeker: Seeker, parsed: ParsedCompletion) -> list[Verdict]:
+        """The verdict of each role. Those that are not there when the time is up are failures."""
+        shown = {"analysis": parsed.analysis, "response": parsed.response}
+        clock = _Clock(self.completion_seconds)
+        call_begins.set(clock.start)  # seen by this completion's calls alone
+        clock.tasks = [
+            asyncio.create_task(self._verdict(role, seeker, shown[RUBRICS[role].shown], clock))
+            for role in ROLES
+        ]
+        try:
+            return await asyncio.gather(*clock.tasks)
+        finally:
+            clock.stop()
+
+    async def _verdict(
+        self, role: str, seeker: Seeker, judged_text: str, clock: "_Clock"
+    ) -> Verdict:
         try:
             verdict = await self.judge.judge(role, seeker, judged_text)
             if verdict.role != role:
@@ -163,7 +217,8 @@ class PermReward:
         except BaseException as error:
             # Whatever a judge raises ends here, or the trainer would wait forever. Its type is
             # told, its message not: that may hold a key.
-            return Verdict(role, None, "", failure=type(error).__name__)
+            failure = "timeout" if clock.has_rung else type(error).__name__
+            return Verdict(role, None, "", failure=failure)
 
     def _details(
         self,
@@ -171,6 +226,7 @@ class PermReward:
         verdicts: Sequence[Verdict],
         breakdown: RewardBreakdown | None,
     ) -> dict[str, Any]:
+        found = sorted({*flags(parsed.analysis), *flags(parsed.response)})
         return {
             "judge": self._label,
             **asdict(parsed),
@@ -184,6 +240,8 @@ class PermReward:
             },
             "reward": None if breakdown is None else asdict(breakdown),
             "causes": [f"{v.role}: {v.failure}" for v in verdicts if v.failure is not None],
+            "flags": found,
+            "flagged": bool(found),
         }
 
     def _deliver(
@@ -220,60 +278,24 @@ def completion_text(completion: str | ChatMessages) -> str:
     return "\n".join(m["content"] for m in completion if m["role"] == "assistant")
 
 
-class _BackgroundLoop:
-    """One event loop in one daemon thread, started when it is first needed.
+class _Clock:
+    """The time of one completion: runs from its first call on, and cancels what is out then."""
 
-    Args:
-        last: runs on the loop when it closes, after everything else.
-    """
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.tasks: list[asyncio.Task[Verdict]] = []
+        self.has_rung = False
+        self._timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        self._last = last
-        self._lock = threading.Lock()
-        self._closed = False
+    def start(self) -> None:
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self.seconds, self._ring)
 
-    def start(self, coroutine: Coroutine[Any, Any, dict[str, Any]]) -> Future[dict[str, Any]]:
-        """Run a coroutine on the loop."""
-        with self._lock:
-            if self._closed:
-                coroutine.close()
-                raise RuntimeError("this PermReward is closed")
-            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
 
-    def close(self) -> None:
-        """Cancel what still runs, then end the thread. Waits a few seconds at most."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        ending = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
-        # A judge that cannot close, or that blocks the loop, must not keep the program from ending.
-        with contextlib.suppress(Exception):
-            ending.result(2 * _CLOSE_SECONDS)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_CLOSE_SECONDS)
-        atexit.unregister(self.close)
-
-    @cached_property
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._run, args=(loop,), name="perm-reward", daemon=True
-        )
-        self._thread.start()
-        # A program that just ends would leave calls half-way, of which asyncio complains on stderr.
-        atexit.register(self.close)
-        return loop
-
-    @staticmethod
-    def _run(loop: asyncio.AbstractEventLoop) -> None:
-        loop.run_forever()
-        loop.close()
-
-    async def _end(self) -> None:
-        running = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in running:
+    def _ring(self) -> None:
+        self.has_rung = True
+        for task in self.tasks:
             task.cancel()
-        async with asyncio.timeout(_CLOSE_SECONDS):
-            await asyncio.gather(*running, return_exceptions=True)
-            await self._last()

@@ -8,8 +8,12 @@ model from winning by length, flattery or padding. Scales and what their levels 
 No judge is told what the seeker needs without saying so: to infer it is part of the judging.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import difflib
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 ROLES = ("resonation", "expression", "reception", "bystander")
 
@@ -105,3 +109,80 @@ Accuracy and verifiability: N
 Total: N""",
     ),
 }
+
+
+def load_rubrics(path: str | Path) -> dict[str, Rubric]:
+    """The rubrics of a TOML file; of roles that it does not name, those of the package.
+
+    One table for each role. `stance` and `scale` are what the judge is told; `reply_form` may stay
+    away. What a judge is shown is part of the reward, not of its words, and cannot be changed.
+
+        [expression]
+        stance = "You judge whether the words of a supporter are alive."
+        scale = [
+            "1: a form letter.",
+            "2: polite.",
+            "3: natural.",
+            "4: the way a close friend would put it.",
+            "5: words that stay in mind.",
+        ]
+
+    A scale has the levels 1 to 5 or, of the bystander, its five dimensions by their names, as
+    `perm_reward.verdict` and the local judge read them.
+
+    Raises:
+        ValueError: one line, "judge.rubrics = PATH: what is wrong; what to do".
+    """
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        _refuse(path, f"cannot be read ({error.strerror}); give a TOML file")
+    except ValueError as error:  # of TOML, or of UTF-8
+        _refuse(path, f"is no TOML ({error}); correct it")
+    if not tables:
+        _refuse(path, f"holds no rubric; give a table for one or more of {', '.join(ROLES)}")
+    _require_known(path, "role", tables, ROLES)
+    return RUBRICS | {role: _read_rubric(path, role, table) for role, table in tables.items()}
+
+
+def _read_rubric(path: str | Path, role: str, table: Any) -> Rubric:
+    if not isinstance(table, dict):
+        _refuse(path, f"{role} is no table; write [{role}], and its keys below")
+    if "shown" in table:
+        _refuse(path, f"{role}.shown cannot be changed; leave it out")
+    keys = [field.name for field in fields(Rubric) if field.name != "shown"]
+    _require_known(path, f"key in [{role}]", table, keys)
+    for name in ("stance", "scale"):
+        if name not in table:
+            _refuse(path, f"{role}.{name} is missing; a rubric has a stance and a scale")
+    for name in ("stance", "reply_form"):
+        if name in table and not _is_text(table[name]):
+            _refuse(path, f"{role}.{name} must be a string with words in it")
+    scale = table["scale"]
+    if not isinstance(scale, list) or not all(map(_is_text, scale)):
+        _refuse(path, f"{role}.scale must be an array of strings with words in them")
+
+    labels = [line.partition(":")[0] for line in RUBRICS[role].scale]
+    parts = [line.partition(":") for line in scale]
+    if [label for label, _, _ in parts] != labels or not all(words.strip() for *_, words in parts):
+        wanted = ", ".join(f'"{label}: …"' for label in labels)
+        _refuse(path, f"{role}.scale must be five lines, in this order: {wanted}")
+    rubric = replace(RUBRICS[role], **table | {"scale": tuple(scale)})
+    for name in labels if role == "bystander" else ["Score"]:
+        if name.lower() not in rubric.reply_form.lower():
+            _refuse(path, f"{role}.reply_form must ask for '{name}', or no reply is ever read")
+    return rubric
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _require_known(path: str | Path, what: str, names: Iterable[str], known: Iterable[str]) -> None:
+    for name in sorted(set(names) - set(known)):
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        _refuse(path, f"unknown {what}: {name}; the nearest is {nearest}")
+
+
+def _refuse(path: str | Path, complaint: str) -> NoReturn:
+    raise ValueError(f"judge.rubrics = {path}: {complaint}")

@@ -3,15 +3,36 @@
 Models write the same score in many ways: `**Score:** 4`, `4/5`, `{"score": 4}`. The usual ones are
 read. What is out of range, fractional, contradictory or absent is refused; nothing is clamped or
 guessed, since a refused verdict is counted and left out, while a wrong one is trained on. The rule
-that makes this safe: every number that a reply calls its score must be valid and the same.
+that makes this safe: every number that a reply calls its score must be valid and the same. Numbers
+that it only quotes are not its own (`perm_reward.reply`).
 """
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
+from perm_reward.reply import final_text, leading_object, own_words
 from perm_reward.rubrics import ROLES
 
 _RANGES = {"resonation": (1, 5), "expression": (1, 5), "reception": (1, 5), "bystander": (0, 100)}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens that a call was charged for, as the endpoint counts them; all 0 where none does."""
+
+    prompt_tokens: int = 0
+    """cached ones included"""
+    cached_tokens: int = 0
+    """those of the prompt that came from the endpoint's prompt cache"""
+    completion_tokens: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
 
 
 @dataclass(frozen=True)
@@ -29,6 +50,8 @@ class Verdict:
     """the judge's own words, unchanged"""
     failure: str | None = None
     """why there is no score, in a word or two that can be counted: "timeout", "unparsable"…"""
+    usage: Usage = Usage()
+    """what it cost, whether it led to a score or not"""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -83,16 +106,27 @@ _SCORE_LABEL = r"scores? | rating"
 _TOTAL_LABEL = r"(?:total|overall|sum) (?:\ (?:scores?|points|total))?"
 _PART_LABELS = (
     r"content (?:\ effectiveness)?",
-    r"structure (?:\ (?:and|&)\ clarity)?",
+    r"structure (?:\ (?:(?:and|&)\ )? clarity)?",
     r"(?:communication\ )? efficiency",
     r"objectivity",
-    r"accuracy (?:\ (?:and|&)\ verifiability)?",
+    r"accuracy (?:\ (?:(?:and|&)\ )? verifiability)?",
 )
 _PARTS = tuple(_labelled(rf"(?:{label}) (?:\ score)?") for label in _PART_LABELS)
 _PART_NAMED = _pattern(rf"\b(?:{'|'.join(_PART_LABELS)})\b")
+_STATED = _pattern(
+    rf"\b(?:{'|'.join((_SCORE_LABEL, _TOTAL_LABEL, *_PART_LABELS))})\b {_BETWEEN} [-+]?[0-9]"
+    r"| [0-9] \s*(?:/|\bout\ of\b)\s* [0-9]"
+)
+_WHOLE = _pattern(_NUMBER)
+# Keys of a JSON object, as `perm_reward.reply` spells them.
+_SCORE_KEY = _pattern(rf"(?:\w+\ )* (?:{_SCORE_LABEL})")
+_TOTAL_KEY = _pattern(rf"{_TOTAL_LABEL} | (?:final\ )? (?:{_SCORE_LABEL})")
+_PART_KEYS = tuple(_pattern(rf"(?:{label}) (?:\ score)?") for label in _PART_LABELS)
+
+Readings = set[int | None]
 
 
-def _readings(pattern: re.Pattern[str], text: str, lowest: int, highest: int) -> set[int | None]:
+def _readings(pattern: re.Pattern[str], text: str, lowest: int, highest: int) -> Readings:
     """The distinct values stated in `text`; None among them stands for any that is not valid."""
     return {_whole_number(match, lowest, highest) for match in pattern.finditer(text)}
 
@@ -107,65 +141,102 @@ def _whole_number(match: re.Match[str], lowest: int, highest: int) -> int | None
     return value if lowest <= value <= highest else None
 
 
-def _agreed(readings: set[int | None]) -> int | None:
+def _agreed(readings: Readings) -> int | None:
     return next(iter(readings)) if len(readings) == 1 else None
 
 
 # --- reading a reply -----------------------------------------------------------------------------
 
-_REASONING_TAG = r"(?:think|thinking|reasoning)"
-
-
-def _plain_text(reply: str) -> str:
-    """The reply without the model's reasoning, and without marks of bold, code and snake_case."""
-    # Templates may open the reasoning in the prompt, so that only its end shows. And where it was
-    # cut off there is no end.
-    text = re.sub(rf"(?is)^.*</{_REASONING_TAG}>", " ", reply)
-    text = re.sub(rf"(?is)<{_REASONING_TAG}>.*", " ", text)
-    return re.sub(r"[ \t\r_]+", " ", re.sub(r"[*`]", "", text))
-
 
 def parse_score(text: str) -> int | None:
     """The score of a reply on the 1-5 scale, or None.
 
-    Read: a number that is labelled (`Score: 4`, `"score": 4`, `a rating of 4`) or on the scale
-    (`4/5`, `4 out of 5`); if there is none, a number alone on a line. All of them must agree.
+    Read: numbers that are labelled (`Score: 4`, `a rating of 4`), on the scale (`4/5`, `4 out of
+    5`) or alone on a line; of a JSON object, those with the key "score" or "rating", one level
+    down too. All of them must agree.
     """
-    text = _plain_text(text)
+    text = final_text(text)
+    try:
+        entries = leading_object(text)
+    except ValueError:
+        return None
+    if entries is not None:
+        return _agreed(_entry_readings(entries, _SCORE_KEY, 1, 5))
+    text = own_words(text, _STATED)
     readings = _readings(_labelled(_SCORE_LABEL), text, 1, 5)
     readings |= _readings(_ratio(5), text, 1, 5)
-    return _agreed(readings or _readings(_BARE_LINE, text, 1, 5))
+    return _agreed(readings | _readings(_BARE_LINE, text, 1, 5))
 
 
 def parse_bystander(text: str) -> int | None:
     """The bystander's score of a reply, 0-100, or None.
 
-    Read: the five parts (0-20 each), with or without their total, or the total without parts. A
-    total with only some parts is read if the parts that are missing can make up the difference:
+    Read, as lines or as a JSON object: the five parts (0-20 each), with or without their total, or
+    the total without parts. A total with only some parts is read if the parts that are missing can
+    make up the difference:
 
         0 <= total - (sum of stated parts) <= 20 · (number of missing parts)
 
     With five parts this says that the total is their sum; without parts, that it is 0 to 100.
     """
-    text = _plain_text(text)
+    text = final_text(text)
+    try:
+        entries = leading_object(text)
+    except ValueError:
+        return None
+    if entries is not None:
+        parts = [_entry_readings(entries, key, 0, 20) for key in _PART_KEYS]
+        totals = _entry_readings(entries, _TOTAL_KEY, 0, 100)
+    else:
+        parts, totals = _bystander_lines(own_words(text, _STATED))
+
+    stated = [_agreed(readings) for readings in parts if readings]
+    if None in stated:
+        return None
+    partial_sum = sum(part for part in stated if part is not None)
+    missing = len(_PARTS) - len(stated)
+    if not totals:
+        return partial_sum if missing == 0 else None
+    total = _agreed(totals)
+    if total is None or not 0 <= total - partial_sum <= 20 * missing:
+        return None
+    return total
+
+
+def _bystander_lines(text: str) -> tuple[list[Readings], Readings]:
+    """What a text states of each part, and of the total."""
+    parts = [_readings(pattern, text, 0, 20) for pattern in _PARTS]
     # A reply that names the parts may call each of them a score: there only a total is a total.
     parts_named = _PART_NAMED.search(text) is not None
     total_label = _TOTAL_LABEL if parts_named else f"{_TOTAL_LABEL} | {_SCORE_LABEL}"
-    parts = []
-    for pattern in _PARTS:
-        if readings := _readings(pattern, text, 0, 20):
-            part = _agreed(readings)
-            if part is None:
-                return None
-            parts.append(part)
-
     totals = _readings(_labelled(total_label), text, 0, 100) | _readings(_ratio(100), text, 0, 100)
-    if not totals and not parts_named:
-        totals = _readings(_BARE_LINE, text, 0, 100)
-    missing = len(_PARTS) - len(parts)
-    if not totals:
-        return sum(parts) if missing == 0 else None
-    total = _agreed(totals)
-    if total is None or not 0 <= total - sum(parts) <= 20 * missing:
+    if not parts_named:
+        totals |= _readings(_BARE_LINE, text, 0, 100)
+    return parts, totals
+
+
+# --- reading a JSON object -----------------------------------------------------------------------
+
+
+def _entry_readings(
+    entries: dict[str, Any], key: re.Pattern[str], lowest: int, highest: int
+) -> Readings:
+    """What an object states under such a key, in itself or in an object within."""
+    flat = []
+    for name, value in entries.items():
+        if isinstance(value, dict):
+            # {"objectivity": {"score": 18, "reason": …}}
+            flat += [(f"{name} {own}" if own == "score" else own, value[own]) for own in value]
+        else:
+            flat.append((name, value))
+    return {_json_number(value, lowest, highest) for name, value in flat if key.fullmatch(name)}
+
+
+def _json_number(value: Any, lowest: int, highest: int) -> int | None:
+    """The whole number that a value is, or spells."""
+    if isinstance(value, str):
+        match = _WHOLE.fullmatch(value.strip())
+        return _whole_number(match, lowest, highest) if match else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
         return None
-    return total
+    return int(value) if lowest <= value <= highest else None

@@ -16,6 +16,7 @@ import data
 import train
 from grpo.generation import generate_groups
 from grpo.parallel import TORCHRUN_VARIABLES, Ranks
+from grpo.prompts import prompts_of_step
 from grpo.rollout import read_groups
 from grpo.sampling import Sampling
 from tests.tiny import fresh_seed
@@ -294,9 +295,14 @@ def test_only_the_main_rank_asks_the_judge_for_a_first_reply() -> None:
     """Hundreds of ranks would be hundreds of paid calls before any work."""
     nobody = train.JudgeConfig(kind="openai", base_url="http://127.0.0.1:9/v1")
     config = train.RunConfig(judge=nobody)
-    train.make_reward(config, Ranks(1, 2, torch.device("cpu"), mesh=None))
-    with pytest.raises(train.ConfigError, match="^judge.base_url = "):
-        train.make_reward(config, Ranks(0, 2, torch.device("cpu"), mesh=None))
+    for rank in (1, 0):
+        ranks = Ranks(rank, 2, torch.device("cpu"), mesh=None)
+        reward = train.make_reward(config, ranks)
+        if rank == 0:
+            with pytest.raises(train.ConfigError, match="^judge.base_url = "):
+                train.try_judge(reward, ranks)
+        else:
+            train.try_judge(reward, ranks)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -400,9 +406,9 @@ def test_every_epoch_deals_each_record_once() -> None:
     config.grpo.prompts_per_step = 3
     prompts = list(range(11))
     for epoch in range(3):
-        steps = [train.prompts_of_step(prompts, epoch * 3 + i, config) for i in range(3)]
+        steps = [prompts_of_step(prompts, epoch * 3 + i, config) for i in range(3)]
         assert len(set(sum(steps, []))) == 9
-    assert train.prompts_of_step(prompts, 0, config) != train.prompts_of_step(prompts, 3, config)
+    assert prompts_of_step(prompts, 0, config) != train.prompts_of_step(prompts, 3, config)
 
 
 def test_the_bundled_heldout_records_are_never_trained_on() -> None:

@@ -27,6 +27,7 @@ from data.tiny_policy import (
 from grpo.config import ConfigError, TrainConfig
 from grpo.parallel import Ranks, shard, start_ranks
 from grpo.policy import load_policy, load_tokenizer
+from grpo.prompts import make_prompts
 from grpo.rollout import Completion
 from grpo.sampling import Sampling
 from tests.tiny import fresh_seed
@@ -148,7 +149,7 @@ def test_a_tokenizer_without_a_stop_token_of_its_own(policy):
 def test_prompts_are_those_of_training_by_reward(records, policy):
     """The warm start taught one way of cutting a prompt into tokens, training went on with another:
     nine prompts of ten began to look like none the policy had ever read."""
-    expected = train.make_prompts("data.train", records, policy.tokenizer, train.RunConfig())
+    expected = make_prompts("data.train", train.with_messages(records), policy.tokenizer, train.RunConfig())
     encoded = [warm_start.encode_prompt(policy.tokenizer, record) for record in records]
     assert encoded == [prompt.token_ids for prompt in expected]
 
@@ -350,7 +351,7 @@ def test_the_embedded_policy_learns_the_tokens_that_training_will_read(
     monkeypatch.setattr(warm_start, "train", keep)
     make_embedded(tmp_path / "out", records_file, 0)
     tokenizer = load_tokenizer(str(tmp_path / "out"))
-    prompts = train.make_prompts("data.train", records, tokenizer, train.RunConfig())
+    prompts = make_prompts("data.train", train.with_messages(records), tokenizer, train.RunConfig())
     assert {tuple(p.token_ids) for p in prompts} <= {tuple(prompt) for prompt, _ in learned}
     for _, completions in learned:
         for tokens in completions:

@@ -1,18 +1,46 @@
 """Who gives the verdicts: what a judge is, and how one is made from its settings."""
 
-import math
-import re
-from dataclasses import dataclass
-from typing import Literal, Protocol
-from urllib.parse import urlsplit
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
+from perm_reward.judges.config import JudgeConfig, RoleConfig
 from perm_reward.prompts import Seeker
-from perm_reward.settings import require
+from perm_reward.rubrics import ROLES, RUBRICS, Rubric, load_rubrics
 from perm_reward.verdict import Verdict
+
+__all__ = ["Judge", "JudgeConfig", "RoleConfig", "Traffic", "make_judge"]
+
+
+@dataclass
+class Traffic:
+    """Where a judge's calls are at this moment."""
+
+    waiting: int = 0
+    """calls that wait for their turn"""
+    in_flight: int = 0
+    """attempts that were sent and not yet answered"""
+    failing: int = 0
+    """calls whose last attempt failed and that will be tried again"""
+    done: int = 0
+    """calls that have ended so far, with a score or without"""
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(
+            self.waiting + other.waiting,
+            self.in_flight + other.in_flight,
+            self.failing + other.failing,
+            self.done + other.done,
+        )
 
 
 class Judge(Protocol):
-    """Gives verdicts. All calls come from one asyncio loop, many of them at once."""
+    """Gives verdicts. All calls come from one asyncio loop, many of them at once.
+
+    Two more attributes are used where a judge has them: `asked(role, seeker, judged_text)`, a
+    dictionary fit for JSON of everything that determines a verdict, under which it is kept; and
+    `traffic`, where its calls are.
+    """
 
     label: str
     """what stands beside each verdict, so that nobody takes one judge's scores for another's"""
@@ -34,75 +62,91 @@ class Judge(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class JudgeConfig:
-    """Which judge, and how it is asked. Never holds a key, only the name of its variable."""
+def make_judge(
+    config: JudgeConfig, *, seed: int = 0, share: tuple[int, int] = (0, 1), store: Any = None
+) -> Judge:
+    """The judges that the settings ask for, as one that answers for all four roles.
 
-    kind: Literal["lexical", "openai"] = "lexical"
-    """lexical: rules over the text, a stand-in for demos; openai: any OpenAI-compatible endpoint"""
-    model: str = "gpt-4o-mini"
-    """name of the judge's model at its endpoint"""
-    base_url: str = ""
-    """address of the endpoint, such as http://127.0.0.1:8000/v1; empty: OpenAI's own"""
-    api_key_variable: str = "OPENAI_API_KEY"
-    """environment variable that holds the endpoint's key; may be unset where base_url needs none"""
-    temperature: float = 0.3
-    """sampling temperature of the judge"""
-    top_p: float = 0.9
-    """nucleus sampling of the judge"""
-    max_tokens: int = 1024
-    """longest reply of the judge"""
-    timeout_seconds: float = 60.0
-    """seconds for one attempt; a call with its retries gets (max_retries + 1) times as long"""
-    max_retries: int = 4
-    """how often a call is tried again after a time-out, lost connection, rate limit or http 5xx"""
-    concurrency: int = 64
-    """calls in flight at once, on each rank"""
+    Nothing is contacted yet: that is what `check` does.
 
-    def __post_init__(self) -> None:
-        require(self, "kind", self.kind in ("lexical", "openai"), "lexical or openai")
-        require(self, "model", bool(self.model), "the name of a model at the endpoint")
-        # A value that is refused here could be a secret, so these two messages leave it out.
-        if not _is_plain_address(self.base_url):
-            raise ValueError(
-                "base_url: must be empty or an http(s) address without user, password or query"
-            )
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_variable):
-            raise ValueError(
-                "api_key_variable: must be the name of an environment variable in capitals, "
-                "not the key itself"
-            )
-        require(self, "temperature", 0 <= self.temperature < math.inf, "0 or more")
-        require(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        require(self, "max_tokens", self.max_tokens >= 1, "at least 1")
-        require(self, "timeout_seconds", 0 < self.timeout_seconds < math.inf, "above 0 seconds")
-        require(self, "max_retries", self.max_retries >= 0, "0 or more")
-        require(self, "concurrency", self.concurrency >= 1, "at least 1")
-
-
-def _is_plain_address(base_url: str) -> bool:
-    if not base_url:
-        return True
-    try:
-        parts = urlsplit(base_url)
-        port_is_valid = parts.port is None or parts.port > 0
-    except ValueError:
-        return False
-    has_host = parts.scheme in ("http", "https") and bool(parts.hostname)
-    return has_host and port_is_valid and not (set("@?#") & set(base_url))
-
-
-def make_judge(config: JudgeConfig) -> Judge:
-    """The judge that the settings ask for. Nothing is contacted yet: that is what `check` does.
+    Args:
+        seed: the run's; the marks around what is judged follow from it.
+        share: (which, of how many processes), each of which gets its part of the calls in flight.
+        store: keeps every verdict and finds it again (perm_reward.verdict_store); None: nothing is.
 
     Raises:
-        ValueError: the environment of this process lacks what the judge needs (a key). One line.
+        ValueError: a setting does not fit, or the environment of this process lacks what a judge
+            needs (a key). One line.
     """
+    from perm_reward.panel import Panel, Prices
+
+    rubrics = load_rubrics(config.rubrics) if config.rubrics else RUBRICS
+    of_role = {role: config.of(role) for role in ROLES}
+    judges: dict[JudgeConfig, Judge] = {}  # equal settings, one judge
+    endpoints: dict[tuple[str, str], Any] = {}  # and one limit for all calls to an endpoint
+    for own in of_role.values():
+        # How often it is asked, and what that costs, does not make another judge.
+        same = _without_samples_and_prices(own)
+        if same not in judges:
+            judges[same] = _make_one(same, rubrics, seed, share, endpoints)
+    return Panel(
+        judges={role: judges[_without_samples_and_prices(own)] for role, own in of_role.items()},
+        samples={role: own.samples for role, own in of_role.items()},
+        prices={
+            role: Prices(own.price_input, own.price_cached, own.price_output)
+            for role, own in of_role.items()
+        },
+        store=store,
+    )
+
+
+def _without_samples_and_prices(config: JudgeConfig) -> JudgeConfig:
+    plain = JudgeConfig()
+    return replace(
+        config,
+        samples=plain.samples,
+        price_input=plain.price_input,
+        price_cached=plain.price_cached,
+        price_output=plain.price_output,
+        budget=plain.budget,
+    )
+
+
+def _make_one(
+    config: JudgeConfig,
+    rubrics: Mapping[str, Rubric],
+    seed: int,
+    share: tuple[int, int],
+    endpoints: dict[tuple[str, str], Any],
+) -> Judge:
+    """One judge. Its kind's module is imported only now: clients and models take seconds."""
     if config.kind == "lexical":
         from perm_reward.judges.lexical import LexicalJudge
 
         return LexicalJudge()
-    # The client takes a second to import, which the embedded judge does not need to pay.
+    if config.kind == "local":
+        from perm_reward.judges.local import LocalJudge
+
+        return LocalJudge(config, rubrics=rubrics, seed=seed)
+    from perm_reward.judges.endpoints import Endpoint
     from perm_reward.judges.openai import OpenAIJudge
 
-    return OpenAIJudge(config)
+    which, of = share
+    mine = config.concurrency // of + (which < config.concurrency % of)
+    if mine == 0:
+        raise ValueError(
+            f"judge.concurrency = {config.concurrency}: must be at least the number of processes, "
+            f"{of}, each of which makes calls"
+        )
+    for url, key_variable in config.endpoints:
+        if (url, key_variable) not in endpoints:
+            endpoints[url, key_variable] = Endpoint(
+                url,
+                key_variable,
+                concurrency=mine,
+                timeout_seconds=config.timeout_seconds,
+                max_retries=config.max_retries,
+                seed=seed,
+            )
+    own = [endpoints[pair] for pair in config.endpoints]
+    return OpenAIJudge(config, own, rubrics=rubrics, seed=seed)

@@ -3,6 +3,7 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,8 +35,10 @@ class Exchange(BaseHTTPRequestHandler):
     def do_POST(self):
         length = int(self.headers["content-length"])
         self.body = json.loads(self.rfile.read(length))
+        # A connection has one handler for all its requests, so this one will be written over.
+        asked = SimpleNamespace(path=self.path, headers=self.headers, body=self.body)
         with self.server.lock:
-            self.server.exchanges.append(self)
+            self.server.exchanges.append(asked)
             self.number = len(self.server.exchanges)
         try:
             self.server.answer(self)

@@ -422,7 +422,7 @@ def test_the_longer_phrase_is_found_and_none_within_it():
 
 def test_is_the_default_judge_and_says_what_it_is():
     judge = make_judge(JudgeConfig())
-    assert isinstance(judge, LexicalJudge)
+    assert all(isinstance(of_role, LexicalJudge) for of_role in judge.judges.values())
     assert judge.label == LABEL
     judge.check()
     asyncio.run(judge.close())

@@ -1,10 +1,13 @@
 """OpenAIJudge over real HTTP, against a server on the loopback address."""
 
 import asyncio
+import json
 import socket
 import threading
 import time
 import traceback
+from collections import Counter
+from dataclasses import asdict
 
 import pytest
 
@@ -12,6 +15,8 @@ from perm_reward.judges import JudgeConfig
 from perm_reward.judges.openai import OpenAIJudge
 from perm_reward.prompts import Seeker, judge_messages
 from perm_reward.rubrics import ROLES
+from perm_reward.verdict import Usage
+from tests.perm_reward.conftest import completion
 
 ANNA = Seeker("Anna, a nurse", "Her shift was cut", "I feel invisible.")
 VARIABLE = "PERM_TEST_KEY"
@@ -71,6 +76,7 @@ def test_the_request_holds_the_settings_and_the_prompt(judge_server, monkeypatch
     [exchange] = judge_server.exchanges
     assert exchange.path == "/v1/chat/completions"
     assert exchange.headers["authorization"] == f"Bearer {SECRET}"
+    assert exchange.body.pop("response_format")["type"] == "json_schema"
     assert exchange.body == {
         "model": "tiny",
         "messages": judge_messages("reception", ANNA, "I hear you."),
@@ -93,7 +99,7 @@ def test_the_address_comes_from_the_setting_alone(judge_server, monkeypatch):
     assert ask(config_for(judge_server))[0].score == 4
     monkeypatch.setenv(VARIABLE, SECRET)
     judge = OpenAIJudge(config_for(judge_server, base_url=""))
-    assert str(judge._client.base_url) == "https://api.openai.com/v1/"
+    assert str(judge.endpoints[0]._client.base_url) == "https://api.openai.com/v1/"
 
 
 @pytest.mark.parametrize("status", [500, 503, 429])
@@ -110,7 +116,11 @@ def test_failures_that_pass_are_tried_again(judge_server, status):
     assert len(judge_server.exchanges) == 3
 
 
-@pytest.mark.parametrize("status, attempts", [(500, 3), (429, 3), (401, 1), (404, 1), (400, 1)])
+@pytest.mark.parametrize(
+    "status, attempts",
+    # A 400 or 404 may be a refusal of the JSON schema: it is asked once more, without one.
+    [(500, 3), (503, 3), (408, 3), (409, 3), (401, 1), (403, 1), (404, 2), (400, 2)],
+)
 def test_failures_that_stay_are_named(judge_server, status, attempts):
     judge_server.answer = lambda exchange: exchange.fail(status, "no")
     [verdict] = ask(config_for(judge_server, max_retries=2))
@@ -170,6 +180,9 @@ def test_an_unreachable_port(judge_server):
         ('{"choices": []}', "application/json", "malformed reply"),
         ('{"choices": null}', "application/json", "malformed reply"),
         ("[1, 2]", "application/json", "malformed reply"),
+        ("[" * 100_000, "application/json", "malformed reply"),
+        ('{"choices": [{"message": {"content": 4}}]}', "application/json", "malformed reply"),
+        ('{"choices": ["Score: 4"]}', "application/json", "malformed reply"),
         ('{"choices": [{"message": {"content": null}}]}', "application/json", "empty reply"),
         ('{"choices": [{"message": {"content": " "}}]}', "application/json", "empty reply"),
         ('{"choices": [{"message": {"content": "Nice."}}]}', "application/json", "unparsable"),
@@ -178,8 +191,10 @@ def test_an_unreachable_port(judge_server):
 )
 def test_junk_is_never_a_score(judge_server, body, content_type, failure):
     judge_server.answer = lambda exchange: exchange.send(200, body, content_type)
-    [verdict] = ask(config_for(judge_server))
+    [verdict] = ask(config_for(judge_server, max_retries=1))
     assert (verdict.score, verdict.failure) == (None, failure)
+    # What is no completion is asked for again; what a model said is not.
+    assert len(judge_server.exchanges) == (2 if failure == "malformed reply" else 1)
 
 
 def test_an_unparsable_reply_is_kept(judge_server):
@@ -207,17 +222,18 @@ def test_a_reply_that_was_cut_off_is_read_without_its_last_word(judge_server, ro
 
 
 def test_four_calls_are_in_flight_together(judge_server):
-    """The server answers nobody before all four have asked."""
+    """Once a first call has found out the form, the server answers nobody before all four ask."""
     all_asked = threading.Barrier(4, timeout=15)
 
     def answer(exchange):
-        all_asked.wait()
+        if exchange.number > 1:
+            all_asked.wait()
         exchange.say("Score: 4")
 
     judge_server.answer = answer
     config = config_for(judge_server, timeout_seconds=30, max_retries=0)
-    verdicts = ask(config, ["expression"] * 4)
-    assert [verdict.score for verdict in verdicts] == [4] * 4
+    verdicts = ask(config, ["expression"] * 5)
+    assert [verdict.score for verdict in verdicts] == [4] * 5
 
 
 def test_no_more_calls_in_flight_than_allowed(judge_server):
@@ -250,6 +266,323 @@ def test_waiting_for_a_turn_is_not_counted_as_the_servers_time(judge_server):
     judge_server.answer = answer
     config = config_for(judge_server, concurrency=1, timeout_seconds=1.2, max_retries=0)
     assert [verdict.score for verdict in ask(config, ["expression"] * 6)] == [4] * 6
+
+
+def test_a_quota_that_is_used_up_is_no_rate_limit(judge_server):
+    judge_server.answer = lambda exchange: exchange.fail(429, "no", code="insufficient_quota")
+    [verdict] = ask(config_for(judge_server))
+    assert (verdict.score, verdict.failure) == (None, "http 429")
+    assert len(judge_server.exchanges) == 1
+
+
+def test_what_a_verdict_was_asked_with(judge_server):
+    config = config_for(judge_server, temperature=0.7, top_p=0.8, max_tokens=99)
+    judge = OpenAIJudge(config, seed=7)
+    asked = judge.asked("reception", ANNA, "I hear you.")
+    assert asked == {
+        "messages": judge_messages("reception", ANNA, "I hear you.", seed=7),
+        "model": "tiny",
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "max_tokens": 99,
+    }
+    assert json.loads(json.dumps(asked)) == asked
+    assert asked != OpenAIJudge(config, seed=8).asked("reception", ANNA, "I hear you.")
+    asyncio.run(judge.judge("reception", ANNA, "I hear you."))
+    assert judge_server.exchanges[0].body["messages"] == asked["messages"]
+
+
+def test_messages_are_written_when_their_call_has_its_turn(judge_server, monkeypatch):
+    """A thousand calls may start at once. Writing all their messages then would hold up the loop
+    for longer than the first of them may take."""
+    written = []
+
+    def counting(*arguments, **named):
+        written.append(arguments)
+        return judge_messages(*arguments, **named)
+
+    monkeypatch.setattr("perm_reward.judges.openai.judge_messages", counting)
+
+    async def start():
+        judge = OpenAIJudge(config_for(judge_server, concurrency=2))
+        calls = [asyncio.create_task(judge.judge("expression", ANNA, "Hi.")) for _ in range(9)]
+        await asyncio.sleep(0)
+        at_first = len(written)
+        await asyncio.gather(*calls)
+        await judge.close()
+        return at_first
+
+    assert asyncio.run(start()) <= 2
+    assert len(written) == 9
+
+
+# --- the form of requests, found out once --------------------------------------------------------
+
+
+def without_schema(exchange, status=400, message="response_format is not supported"):
+    """An endpoint that refuses JSON schemas."""
+    if "response_format" in exchange.body:
+        exchange.fail(status, message)
+    else:
+        exchange.say("Score: 4")
+
+
+def test_the_schema_of_each_role(judge_server):
+    judge_server.answer = lambda exchange: exchange.say("Score: 4")
+    ask(config_for(judge_server), ["expression"])
+    ask(config_for(judge_server), ["bystander"])
+    schemas = [
+        exchange.body["response_format"]["json_schema"] for exchange in judge_server.exchanges
+    ]
+    assert [schema["strict"] for schema in schemas] == [True, True]
+    stage, bystander = (schema["schema"] for schema in schemas)
+    assert list(stage["properties"]) == ["reason", "score"], "the reason first, the score follows"
+    assert stage["properties"]["score"] == {"type": "integer", "enum": [1, 2, 3, 4, 5]}
+    assert len(bystander["properties"]) == 5
+    for part in bystander["properties"].values():
+        assert part == {"type": "integer", "enum": list(range(21))}
+    for schema in (stage, bystander):
+        assert schema["required"] == list(schema["properties"])
+        assert schema["additionalProperties"] is False
+
+
+def test_replies_in_the_schemas_form_are_read(judge_server):
+    def answer(exchange):
+        schema = exchange.body["response_format"]["json_schema"]["schema"]
+        names = list(schema["properties"])
+        values = {name: 10 + i for i, name in enumerate(names)}
+        if "score" in names:
+            values = {"reason": "It is tuned to her, unlike a score of 2.", "score": 5}
+        exchange.say(json.dumps(values))
+
+    judge_server.answer = answer
+    verdicts = ask(config_for(judge_server), ROLES)
+    assert [verdict.score for verdict in verdicts] == [5, 5, 5, 10 + 11 + 12 + 13 + 14]
+
+
+@pytest.mark.parametrize("status", [400, 404, 415, 422, 501])
+def test_a_refused_schema_is_found_out_by_one_call(judge_server, status):
+    """Eight calls start at once: one is refused, repeats in plain text, and all others know."""
+    judge_server.answer = lambda exchange: without_schema(exchange, status)
+    verdicts = ask(config_for(judge_server, max_retries=0), ["expression"] * 8)
+    assert [verdict.score for verdict in verdicts] == [4] * 8
+    refused = [
+        exchange for exchange in judge_server.exchanges if "response_format" in exchange.body
+    ]
+    assert (len(refused), len(judge_server.exchanges)) == (1, 9)
+    messages = [exchange.body["messages"] for exchange in judge_server.exchanges]
+    assert messages == [messages[0]] * 9
+
+
+def test_each_model_is_found_out_by_itself(judge_server):
+    def answer(exchange):
+        if exchange.body["model"] == "old":
+            without_schema(exchange)
+        else:
+            exchange.say('{"reason": "Warm.", "score": 5}')
+
+    judge_server.answer = answer
+
+    async def ask_both():
+        old = OpenAIJudge(config_for(judge_server, model="old"))
+        new = OpenAIJudge(config_for(judge_server, model="new"), old.endpoints)
+        scores = []
+        for judge in (old, new, old, new):
+            scores.append((await judge.judge("expression", ANNA, "I hear you.")).score)
+        await old.close()
+        return scores
+
+    assert asyncio.run(ask_both()) == [4, 5, 4, 5]
+    asked = [(e.body["model"], "response_format" in e.body) for e in judge_server.exchanges]
+    assert asked == [("old", True), ("old", False), ("new", True), ("old", False), ("new", True)]
+
+
+def test_an_accepted_schema_stays(judge_server):
+    """A refusal later on is about that one text, and no reason to do without the schema."""
+
+    def answer(exchange):
+        if "too long" in str(exchange.body["messages"]):
+            exchange.fail(400, "context length exceeded")
+        else:
+            exchange.say("Score: 4")
+
+    judge_server.answer = answer
+
+    async def ask_three():
+        judge = OpenAIJudge(config_for(judge_server))
+        texts = ["short", "too long", "short"]
+        verdicts = [await judge.judge("expression", ANNA, text) for text in texts]
+        await judge.close()
+        return [verdict.failure for verdict in verdicts]
+
+    assert asyncio.run(ask_three()) == [None, "http 400", None]
+    assert ["response_format" in exchange.body for exchange in judge_server.exchanges] == [True] * 3
+
+
+def test_a_refusal_that_says_nothing_of_the_form_is_not_remembered(judge_server):
+    """The first text is refused with and without schema: nothing is known, the next call asks."""
+
+    def answer(exchange):
+        if exchange.number <= 2:
+            exchange.fail(400, "context length exceeded")
+        else:
+            exchange.say("Score: 4")
+
+    judge_server.answer = answer
+
+    async def ask_two():
+        judge = OpenAIJudge(config_for(judge_server))
+        verdicts = [await judge.judge("expression", ANNA, "I hear you.") for _ in range(2)]
+        await judge.close()
+        return [verdict.failure for verdict in verdicts]
+
+    assert asyncio.run(ask_two()) == ["http 400", None]
+    assert ["response_format" in e.body for e in judge_server.exchanges] == [True, False, True]
+
+
+def test_when_the_first_call_finds_out_nothing_the_others_go_on(judge_server):
+    """The first attempt hangs; those who waited for it are not held up one after the other."""
+    others_in_flight = threading.Barrier(3, timeout=15)
+
+    def answer(exchange):
+        if exchange.number == 1:
+            judge_server.over.wait()
+        others_in_flight.wait()
+        exchange.say("Score: 4")
+
+    judge_server.answer = answer
+    config = config_for(judge_server, timeout_seconds=1.0, max_retries=0)
+    verdicts = ask(config, ["expression"] * 4)
+    assert sorted(str(verdict.failure) for verdict in verdicts) == ["None"] * 3 + ["timeout"]
+
+
+MAX_TOKENS_REFUSED = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+
+
+def thinking_model(exchange):
+    """Takes max_completion_tokens only, and refuses to begin with too few of them."""
+    if "max_tokens" in exchange.body:
+        exchange.fail(400, MAX_TOKENS_REFUSED, param="max_tokens")
+    elif exchange.body["max_completion_tokens"] < 50:
+        exchange.fail(400, "Could not finish: max_tokens was reached")
+    else:
+        exchange.say("Score: 4")
+
+
+def test_another_name_for_the_longest_reply_is_found_out_once(judge_server):
+    judge_server.answer = thinking_model
+    verdicts = ask(config_for(judge_server, max_tokens=99), ["expression"] * 4)
+    assert [verdict.score for verdict in verdicts] == [4] * 4
+    bodies = [exchange.body for exchange in judge_server.exchanges]
+    assert ["max_tokens" in body for body in bodies] == [True] + [False] * 4
+    assert [body.get("max_completion_tokens") for body in bodies] == [None] + [99] * 4
+    assert all("response_format" in body for body in bodies), "the schema was not what it refused"
+
+
+def test_another_name_and_no_schema(judge_server):
+    def answer(exchange):
+        if "max_tokens" in exchange.body:
+            exchange.fail(400, MAX_TOKENS_REFUSED)
+        else:
+            without_schema(exchange)
+
+    judge_server.answer = answer
+    verdicts = ask(config_for(judge_server), ["expression"] * 3)
+    assert [verdict.score for verdict in verdicts] == [4] * 3
+    assert len(judge_server.exchanges) == 2 + 3
+
+
+# --- what it cost --------------------------------------------------------------------------------
+
+
+def answer_with_usage(usage, content="Score: 4"):
+    reply = completion(content, "stop") | {"usage": usage}
+    return lambda exchange: exchange.send(200, reply)
+
+
+@pytest.mark.parametrize(
+    "usage, counted",
+    [
+        ({"prompt_tokens": 900, "completion_tokens": 30, "total_tokens": 930}, Usage(900, 0, 30)),
+        (
+            {
+                "prompt_tokens": 900,
+                "prompt_tokens_details": {"cached_tokens": 768},
+                "completion_tokens": 30,
+            },
+            Usage(900, 768, 30),
+        ),
+        ({"prompt_tokens": 900, "prompt_tokens_details": None}, Usage(900, 0, 0)),
+        ({"prompt_tokens": "900", "completion_tokens": -3}, Usage()),
+        ({"prompt_tokens": True, "completion_tokens": 1.5}, Usage()),
+        ({"prompt_tokens": 5, "prompt_tokens_details": {"cached_tokens": [1]}}, Usage(5, 0, 0)),
+        ([900], Usage()),
+        (None, Usage()),
+    ],
+)
+def test_usage_is_read(judge_server, usage, counted):
+    judge_server.answer = answer_with_usage(usage)
+    [verdict] = ask(config_for(judge_server))
+    assert (verdict.score, verdict.usage) == (4, counted)
+
+
+def test_usage_of_a_reply_without_a_score_is_kept(judge_server):
+    judge_server.answer = answer_with_usage({"prompt_tokens": 9, "completion_tokens": 3}, "Nice.")
+    [verdict] = ask(config_for(judge_server))
+    assert (verdict.failure, verdict.usage) == ("unparsable", Usage(9, 0, 3))
+
+
+def test_usage_of_all_attempts_is_added_up(judge_server):
+    """An answer without choices was charged too, whether the call is tried again or fails."""
+    empty = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 1}}
+    judge_server.answer = lambda exchange: exchange.send(200, empty)
+    [verdict] = ask(config_for(judge_server, max_retries=2))
+    assert (verdict.failure, verdict.usage) == ("malformed reply", Usage(27, 0, 3))
+
+
+# --- several endpoints ---------------------------------------------------------------------------
+
+
+def test_several_endpoints_are_asked_in_turn_each_with_its_key(judge_server, monkeypatch):
+    monkeypatch.setenv("KEY_ONE", "sk-one-0001")
+    monkeypatch.setenv("KEY_TWO", "sk-two-0002")
+    config = config_for(judge_server, api_key_variable="KEY_ONE,KEY_TWO")
+    verdicts = ask(config, ["expression"] * 10)
+    assert [verdict.score for verdict in verdicts] == [4] * 10
+    keys = Counter(exchange.headers["authorization"] for exchange in judge_server.exchanges)
+    assert keys == {"Bearer sk-one-0001": 5, "Bearer sk-two-0002": 5}
+
+
+def test_check_tries_each_endpoint(judge_server):
+    closed = closed_port_url()
+    config = config_for(judge_server, base_url=f"{judge_server.url},{closed}")
+    message = complaint(config)
+    assert message.startswith(f"judge.base_url = {closed}: no server answers there; ")
+    assert len(judge_server.exchanges) == 1
+
+
+def test_traffic_of_a_judge(judge_server):
+    async def look():
+        judge = OpenAIJudge(config_for(judge_server, concurrency=2))
+        seen = []
+        judge_server.answer = lambda exchange: judge_server.over.wait()
+        calls = [
+            asyncio.create_task(judge.judge("expression", ANNA, "I hear you.")) for _ in range(3)
+        ]
+        while judge.traffic.in_flight < 1:
+            await asyncio.sleep(0.01)
+        seen.append(asdict(judge.traffic))
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        seen.append(asdict(judge.traffic))
+        await judge.close()
+        return seen
+
+    during, after = asyncio.run(look())
+    # One has its turn, and waits for what the first call finds out; one waits for a turn.
+    assert during == {"waiting": 2, "in_flight": 1, "failing": 0, "done": 0}
+    assert after == {"waiting": 0, "in_flight": 0, "failing": 0, "done": 3}
 
 
 # --- the check before any work -------------------------------------------------------------------
@@ -350,10 +683,32 @@ def test_check_of_a_server_in_trouble(judge_server, status, setting):
     assert len(judge_server.exchanges) == 2, "one retry, so that a hiccup does not stop a run"
 
 
+def test_check_of_a_model_that_thinks_first(judge_server):
+    judge_server.answer = thinking_model
+    OpenAIJudge(config_for(judge_server, max_tokens=99)).check()
+    assert "max_tokens" not in judge_server.exchanges[-1].body
+
+
+@pytest.mark.parametrize(
+    "message, error, setting",
+    [
+        ("'temperature' does not support 0.3 with this model.", {}, "temperature = 0.3"),
+        ("Unsupported value", {"param": "temperature"}, "temperature = 0.3"),
+        ("Unsupported parameter: `top_p` for this model", {}, "top_p = 0.9"),
+        ("max_tokens is too large: 1024", {}, "max_tokens = 1024"),
+    ],
+)
+def test_check_of_a_model_that_takes_no_such_setting(judge_server, message, error, setting):
+    judge_server.answer = lambda exchange: exchange.fail(400, message, **error)
+    line = complaint(config_for(judge_server))
+    assert line.startswith(f"judge.{setting}: tiny at {judge_server.url} does not take it (http ")
+    assert line.endswith(f"the server says: {message}")
+
+
 # --- the key -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [200, 400, 401, 404, 409, 422, 429, 500])
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 409, 422, 500])
 def test_the_key_is_in_no_message_even_if_the_server_repeats_it(judge_server, monkeypatch, status):
     monkeypatch.setenv(VARIABLE, SECRET)
 
@@ -367,8 +722,10 @@ def test_the_key_is_in_no_message_even_if_the_server_repeats_it(judge_server, mo
     complaint(config)  # checks the whole traceback
     [verdict] = ask(config)
     judge = OpenAIJudge(config)
-    assert judge._client.api_key == SECRET
-    assert SECRET not in repr([verdict, config, judge, vars(judge), judge.label])
+    [endpoint] = judge.endpoints
+    assert endpoint._client.api_key == SECRET
+    shown = [verdict, config, judge, vars(judge), judge.label, vars(endpoint)]
+    assert SECRET not in repr(shown)
 
 
 def test_a_key_in_a_reply_is_not_kept(judge_server, monkeypatch):

@@ -70,6 +70,37 @@ READ_AS_4 = [
     "Score: 4\nScore: 4/5",
     "He is reachable 24/7.\r\nScore: 4\r\n",
     "Score: N\nScore: 4",
+    # a JSON object is read by its keys, whatever its strings say
+    '{"Score": 4}',
+    '{"rating": 4}',
+    '{"SCORE": 4.0}',
+    '{"score": "4/5"}',
+    '{"score": " 4 "}',
+    '{"finalScore": 4}',
+    '{"Final Score": 4,}',
+    '{"scores": {"score": 4}, "reason": "tuned to him"}',
+    '{"verdict": {"reason": "1/5 of it is stock", "score": 4}}',
+    '{"reason": "They wrote Score: 5 and 5/5.", "score": 4}',
+    '{"reason": "{\\"score\\": 5}", "score": 4}',
+    '{"score": 4}\n\nIt is tuned to him.',
+    '```json\n{"finalScore": 4}\n```',
+    'It is tuned to him.\n{"score": "4/5", "reason": "warm"}',
+    '<think>{"score": 2}</think>```json\n{"score": 4}\n```',
+    # what is quoted, reported or refused is not the judge's
+    "They wrote 'Score: 5', but it is a form letter.\nScore: 4",
+    'They wrote "Score: 5" but it is a form letter. Score: 4',
+    "They wrote “Rating: 5/5” here. Score: 4",
+    "They wrote `Score: 5`.\n\n**Score: 4**",
+    "The text claims a score of 5. Score: 4",
+    "The response demands 5/5 and praise.\nScore: 4",
+    "It tells me to give a rating of 5.\nScore: 4",
+    "I will not give it a score of 5.\nScore: 4",
+    "I can't give 5/5. Score: 4",
+    "BEGIN 0123456789abcdef\n> Score: 5\nEND 0123456789abcdef\nScore: 4",
+    "They wrote:\nScore: 5\nThat is no answer.\nScore: 4",
+    'Reason: she is seen.\n"Score: 4"',
+    "Reason: she is seen.\n`Score: 4`",
+    'Here it is: {"reason": "They wrote Score: 5.", "score": 4}',
 ]
 
 REFUSED_SCORES = {
@@ -111,6 +142,52 @@ REFUSED_SCORES = {
         "Score: ~4",
         "4 5",
     ],
+    "contradictory JSON": [
+        '{"score": 4, "score": 5}',
+        '{"score": 4, "score": 4}',
+        '```json\n{"score": 4, "score": 4}\n```',
+        '{"score": 4, "Score": 5}',
+        '{"score": 4, "rating": 5}',
+        '{"score": 4, "result": {"score": 5}}',
+        '{"score": 4} no: 5',
+        '{"score": 4}{"score": 5}',
+    ],
+    "JSON without a whole number in range": [
+        "{}",
+        '{"reason": "Score: 5"}',
+        '{"score": null, "reason": "Score: 5"}',
+        '{"score": true}',
+        '{"score": NaN}',
+        '{"score": Infinity}',
+        '{"score": 4.5}',
+        '{"score": 6}',
+        '{"score": "4/10"}',
+        '{"score": "4 or 5"}',
+        '{"score": [4]}',
+        '{"score": {"value": 4}}',
+        '{"a": {"b": {"score": 4}}}',
+        '{"score": ' + "4" * 5000 + "}",
+        '{"a":' * 5000,
+    ],
+    "no JSON, and who knows what in it is quoted": [
+        '{"reason": "They wrote Score: 5',
+        '{"reason": "They wrote "Score: 5" here", "score": 2}',
+        "{'reason': 'It's Score: 5'}",
+    ],
+    "only quoted, reported or refused": [
+        "They wrote 'Score: 5'.",
+        'The text contains "5/5".',
+        "They wrote:\n\nScore: 5",
+        "They wrote:\n```\nScore: 5\n```\nI ignore it.",
+        "The response asks for a score of 5, and I give none.",
+        "I cannot score this: it insists on 5/5.",
+        "I refuse to give it a score of 5.",
+        "They wrote:\n> Score: 5\nThat is no answer.",
+        "The response says Score: 5.0/5, Score: 5",
+        "They wrote Score: 5 but it is Score: 2",
+        "The response says “Score: 5”, which is an attempt to sway me.\n\nIt is bare.",
+    ],
+    "another number stands alone": ["He names a score of 5 for himself.\n\n2"],
     "reasoning only": ["<think>Score: 4", "<think>Score: 4</think>", "Score: 4</think>"],
 }
 
@@ -180,6 +257,18 @@ READ_AS_83 = [
     "It is fair: 83/100.",
     "83",
     "```\n83\n```",
+    '{"contentEffectiveness": 16, "structureAndClarity": 17, "communicationEfficiency": 15, '
+    '"objectivity": 18, "accuracyAndVerifiability": 17, "total": 83}',
+    '{"Content effectiveness": 16, "Structure & clarity": 17.0, "Communication efficiency": "15", '
+    '"Objectivity": "18/20", "Accuracy": 17}',
+    '{"scores": {"content": 16, "structure": 17, "efficiency": 15, "objectivity": 18, '
+    '"accuracy": 17}, "total": 83}',
+    '{"content": {"score": 16, "reason": "20/20?"}, "structure_clarity": {"score": 17}, '
+    '"efficiency": {"score": 15}, "objectivity": {"score": 18}, "accuracy": {"score": 17}}',
+    '{"reason": "They wrote Total: 100.", "total": 83}',
+    '{"score": 83}',
+    "They wrote 'Total: 100'.\n" + parts(*PARTS) + "\nTotal: 83",
+    "The text claims 100/100 for itself.\n" + parts(*PARTS),
 ]
 
 REFUSED_BYSTANDERS = {
@@ -214,6 +303,29 @@ REFUSED_BYSTANDERS = {
     "total on another scale": ["Total: 8/10", "Total: 83/120"],
     "two totals": ["Total: 83\nTotal: 84", "Total: 83\nOverall: 90", "83\n84"],
     "unsure": ["Total: 80-85", "Total: 80 to 85", "Total: 16 + 17 + 15 + 18 + 17"],
+    "contradictory JSON": [
+        '{"total": 83, "overall": 84}',
+        '{"total": 83, "total": 83}',
+        '{"objectivity": 18, "Objectivity": 12, "total": 83}',
+        '{"content": 16, "structure": 17, "efficiency": 15, "objectivity": 18, "accuracy": 17, '
+        '"total": 84}',
+        '{"objectivity": 19, "scores": {"objectivity": 18}, "total": 83}',
+    ],
+    "JSON without enough": [
+        '{"reason": "Total: 100"}',
+        '{"content": 16, "objectivity": 18}',
+        '{"content": 21, "total": 83}',
+        '{"total": "83-85"}',
+        '{"total": 83.5}',
+        '{"reason": "Total: 100',
+        '{"tone": {"score": 16}, "style": {"score": 16}}',
+    ],
+    "only quoted or reported": [
+        "They wrote 'Total: 100'.",
+        "The text asks for 100/100.",
+        "They wrote:\nTotal: 100",
+    ],
+    "another number stands alone": ["He names a total of 83.\n\n12"],
     "a part's score is no total": [
         "\n".join(f"**{name}**\nScore: 16" for name in NAMES),
         "\n".join(f"**{name}**\n16" for name in NAMES),
@@ -239,8 +351,11 @@ def test_the_ends_of_the_bystander_scale_are_read(value, total):
 
 
 def test_half_of_each_table_is_refusals():
-    assert len(READ_AS_4) >= 20 and len(flat(REFUSED_SCORES)) >= 20
-    assert len(READ_AS_83) >= 20 and len(flat(REFUSED_BYSTANDERS)) >= 20
+    for read, refused in (
+        (READ_AS_4, flat(REFUSED_SCORES)),
+        (READ_AS_83, flat(REFUSED_BYSTANDERS)),
+    ):
+        assert len(read) >= 30 and len(refused) >= 30
 
 
 @pytest.mark.parametrize("role", ROLES)

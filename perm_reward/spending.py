@@ -1,0 +1,67 @@
+"""What the judges of a run cost, and whether what comes next may still be paid."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from perm_reward.reward import PermReward
+
+Gather = Callable[[Any], list[Any]]
+
+
+class Spending:
+    """The judges' costs over all processes of a run, held against its budget.
+
+    What a completion will cost is taken to be the most that one has cost yet. Money is in whatever
+    the prices are given in.
+
+    Args:
+        reward: whose judges are paid.
+        gather: all processes' values on each of them; all of them call `record` together.
+        budget: 0: none.
+        per_completion: what a completion may cost, before anything was paid.
+    """
+
+    def __init__(
+        self, reward: PermReward, gather: Gather, budget: float, per_completion: float
+    ) -> None:
+        self._reward = reward
+        self._gather = gather
+        self._budget = budget
+        self._per_completion = per_completion
+        self.spent = 0.0
+
+    def record(self, completions: int) -> dict[str, float]:
+        """The costs so far, as metrics, the latest so many completions of all processes included.
+
+        judge.ROLE.calls, .prompt_tokens, .cached_tokens, .completion_tokens, .money, .found
+        """
+        mine = {
+            f"judge.{role}.{name}": value
+            for role, cost in self._reward.costs().items()
+            for name, value in asdict(cost).items()
+        }
+        everyone = self._gather(mine)
+        costs = {name: sum(of_one[name] for of_one in everyone) for name in mine}
+        before, self.spent = self.spent, total_money(costs)
+        latest = (self.spent - before) / completions
+        self._per_completion = max(self._per_completion, latest) if before else latest
+        return costs
+
+    def allows(self, completions: int) -> bool:
+        """Whether so many completions more can be judged within the budget."""
+        return not self._budget or self.spent + completions * self._per_completion <= self._budget
+
+    def __str__(self) -> str:
+        return f"{self.spent:,.2f} of judge.budget = {self._budget:g} spent"
+
+
+def total_money(costs: Mapping[str, float]) -> float:
+    """The money in costs by name."""
+    return sum(value for name, value in costs.items() if name.endswith(".money"))
+
+
+def bystander_scores(details: Iterable[Mapping[str, Any]]) -> list[float]:
+    """The bystander's scores in the details of completions, where there are any."""
+    verdicts = [one.get("verdicts", {}).get("bystander") for one in details]
+    return [v["score"] for v in verdicts if v is not None and v["score"] is not None]
