@@ -36,7 +36,11 @@ DIMENSIONS = ["Content effectiveness", "Structure and clarity"]
 def judge():
     judge = make()
     yield judge
-    asyncio.run(judge.close())
+    close(judge)
+
+
+def close(judge):
+    asyncio.run(asyncio.wait_for(judge.close(), 20))
 
 
 def make(name=MODEL, **changes):
@@ -311,37 +315,51 @@ def test_a_call_given_up_while_it_is_read_does_no_harm(judge, stub):
     assert stub.rows == [["a"], ["b"]]
 
 
-def test_closing_cancels_what_waits_and_ends_the_thread(judge, stub):
-    is_busy, go_on = threading.Event(), threading.Event()
+def test_closing_cancels_what_waits_and_ends_the_thread(judge, stub, monkeypatch):
+    """What waits is in the queue (c), or in the same batch as what is read (b, behind a)."""
+    monkeypatch.setattr(local, "ROW_TOKENS", 2)  # a row for each
+    reached, go_on = ({text: threading.Event() for text in ("first", "a")} for _ in range(2))
 
     def answer(text):
-        is_busy.set()
-        assert go_on.wait(20)
+        reached[text].set()
+        assert go_on[text].wait(20)
         return score_of_four(text)
 
     stub.answer = answer
 
-    async def run():
-        calls = [asyncio.create_task(judge.judge("expression", ANNA, "a"))]
-        while not is_busy.is_set():
+    async def until(condition):
+        while not condition():
             await asyncio.sleep(0.01)
-        calls += [asyncio.create_task(judge.judge("expression", ANNA, "b")) for _ in range(3)]
-        closing = asyncio.create_task(judge.close())
-        await asyncio.sleep(0.05)
-        go_on.set()
-        await closing
-        return await asyncio.gather(*calls, return_exceptions=True)
 
-    outcomes = asyncio.run(run())
-    assert outcomes[0].score == 4
-    assert [type(o) for o in outcomes[1:]] == [asyncio.CancelledError] * 3
+    async def run():
+        def start(text):
+            return asyncio.create_task(judge.judge("expression", ANNA, text))
+
+        async with asyncio.timeout(20):
+            calls = [start("first")]
+            await until(reached["first"].is_set)
+            calls += [start("a"), start("b")]
+            await until(lambda: judge.traffic.waiting == 2)
+            go_on["first"].set()
+            await until(reached["a"].is_set)
+            calls.append(start("c"))
+            await until(lambda: judge.traffic.waiting == 1)
+            closing = asyncio.create_task(judge.close())
+            await asyncio.sleep(0.05)
+            go_on["a"].set()
+            await closing
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    first, a, *waiting = asyncio.run(run())
+    assert (first.score, a.score) == (4, 4)
+    assert [type(outcome) for outcome in waiting] == [asyncio.CancelledError] * 2
     judge._worker.join(20)
     assert not judge._worker.is_alive()
-    assert stub.rows == [["a"]]
+    assert stub.rows == [["first"], ["a"]]
 
 
 def test_a_judge_that_was_never_asked_closes():
-    asyncio.run(make().close())
+    close(make())
 
 
 def test_nothing_of_the_process_is_changed(judge):
@@ -411,7 +429,7 @@ def test_bfloat16_of_a_real_model_blurs_less_than_a_judge_tells_apart():
     calls = [(role, ANNA, text) for role in ("expression", "bystander") for text in texts]
     alone = [ask(judge, [call])[0].score for call in calls]
     together = [verdict.score for verdict in ask(judge, calls)]
-    asyncio.run(judge.close())
+    close(judge)
     for one, other in ((alone[:3], together[:3]), (alone[3:], together[3:])):
         blur = max(abs(a - b) for a, b in zip(one, other, strict=True))
         print(one, other, blur)
