@@ -7,36 +7,36 @@
 Config → parts → the loop. What a step does is in grpo/trainer.py.
 """
 
+import fcntl
 import os
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import data
 from grpo.checkpoint import export_policy
 from grpo.config import Config, ConfigError, Flags, load_config, to_toml
-from grpo.monitor import append_line, rollout_metrics, warnings_of
 from grpo.parallel import Ranks, cast_copy, pick_device, shard, start_ranks
 from grpo.patience import RunStopped
 from grpo.policy import context_length, load_policy, load_tokenizer
-from grpo.prompts import Messages, check_lengths, count_steps, make_prompts, prompts_of_step
+from grpo.prompts import Messages, check_lengths, count_steps, make_prompts
 from grpo.reward import RewardFunction, import_reward
-from grpo.rollout import Group, Prompt, write_groups
-from grpo.summary import heldout_metrics, summary
+from grpo.run import Run
+from grpo.summary import summary
 from grpo.trainer import Trainer
 from perm_reward import JudgeConfig, PermReward, RewardConfig, Seeker, make_judge, policy_messages
 from perm_reward.estimate import estimate
 from perm_reward.panel import Panel
-from perm_reward.spending import Spending, bystander_scores
-from perm_reward.store_service import RemoteStore, StoreService, serve_store, socket_path
+from perm_reward.spending import Spending
+from perm_reward.store_service import RemoteStore, serve_store, socket_path
 from perm_reward.verdict_store import StoreError, VerdictStore
 
 RUN_FILES = (
@@ -46,6 +46,7 @@ RUN_FILES = (
     "heldout.jsonl",
     "policy",
     "verdicts",
+    "checkpoints",
 )
 
 
@@ -57,17 +58,25 @@ class RunConfig(Config):
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
+@dataclass
+class RunFlags(Flags):
+    """What the command line says beside settings."""
+
+    resume: str = ""
+    """folder of a run to go on with, exactly where it stopped; its settings hold, except for those
+    given anew"""
+
+
 def main() -> None:
     """Run train.py. Errors that a user can cause end it with one line and exit code 2."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    flags = Flags()
+    config = RunConfig()
     try:
-        config = load_config(RunConfig, sys.argv[1:], flags=flags)
-        if not config.output:
-            config.output = f"runs/{flags.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+        config, resume = read_command_line(sys.argv[1:])
         with start_ranks(pick_device(config.policy.device)) as ranks:
-            train(config, ranks)
+            config.output = ranks.gather(config.output)[0]  # one clock names it
+            train(config, ranks, resume)
     except ConfigError as error:
         # Rank 0 speaks for all; where RANK stands alone in the environment there is nobody else.
         if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
@@ -75,11 +84,34 @@ def main() -> None:
         sys.exit(2)
     except RunStopped as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped: {error}; the policy as it was is in {config.output}", file=sys.stderr)
+            print(f"stopped: {error}; go on with --resume {config.output}", file=sys.stderr)
         sys.exit(1)
 
 
-def train(config: RunConfig, ranks: Ranks) -> None:
+def read_command_line(argv: list[str]) -> tuple[RunConfig, bool]:
+    """The settings, and whether they are those of a run that goes on."""
+    flags = RunFlags()
+    config = load_config(RunConfig, argv, flags=flags)
+    run = flags.resume
+    if not run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and config.output:
+        run = config.output if (Path(config.output) / "config.toml").exists() else ""
+    if run:
+        settings = Path(run) / "config.toml"
+        if not settings.exists():
+            raise ConfigError(f"--resume {run}: no run is there; name the folder of a run")
+        if flags.config:
+            raise ConfigError(
+                f"--config {flags.config}: not beside --resume, which has the run's own settings; "
+                "give what is to change on the command line"
+            )
+        again = [*argv, f"--config={settings}", f"--output={run}"]
+        return load_config(RunConfig, again, flags=RunFlags()), True
+    if not config.output:
+        config.output = f"runs/{flags.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    return config, False
+
+
+def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> None:
     """From the settings to the saved policy."""
     with ranks.failing_together():
         model_name = find_policy(config)
@@ -90,119 +122,36 @@ def train(config: RunConfig, ranks: Ranks) -> None:
         check_lengths([*prompts, *heldout], context_length(model_name), config)
         steps = count_steps(prompts, config)
         reward = make_reward(config, ranks)
-        completions = count_completions(steps, len(heldout), config)
-        spending = plan_spending(reward, train_records, completions, config, ranks)
+        spending = plan_spending(reward, train_records, steps, len(heldout), config, ranks)
         try_judge(reward, ranks)
     with ranks.failing_together():
         policy = load_policy(model_name, ranks.device)
-        output = make_output(config, ranks)
-    service = keep_verdicts(reward, output, ranks)
-
-    compute_dtype = getattr(torch, config.policy.compute_dtype)
-    trainer = Trainer(
-        config=config,
-        ranks=ranks,
-        reference=cast_copy(policy.model, compute_dtype) if config.grpo.kl_coef else None,
-        policy=shard(policy.model, ranks, compute_dtype),
-        tokenizer=policy.tokenizer,
-        stop_ids=policy.stop_ids,
-        reward=reward,
-        steps=steps,
-    )
-    run = Run(config, trainer, prompts, heldout, output, spending)
-    try:
+    with ExitStack() as held:
+        output = held.enter_context(open_output(config, ranks, resume))
+        held.enter_context(keeping_verdicts(reward, output, ranks, resume))
+        if hasattr(reward, "close"):
+            held.callback(reward.close)
+        compute_dtype = getattr(torch, config.policy.compute_dtype)
+        trainer = Trainer(
+            config=config,
+            ranks=ranks,
+            reference=cast_copy(policy.model, compute_dtype) if config.grpo.kl_coef else None,
+            policy=shard(policy.model, ranks, compute_dtype),
+            tokenizer=policy.tokenizer,
+            stop_ids=policy.stop_ids,
+            reward=reward,
+            steps=steps,
+        )
+        run = Run(config, trainer, prompts, heldout, output, spending)
+        if resume:
+            run.resume()
         run.take_steps()
-    finally:
-        # However the run ends: what it has learned is kept, and no judge is left running.
-        if ranks.is_main and run.after:
+        if spending and spending.spent:
+            run.remarks.append(f"judges cost      {spending.spent:,.2f}")
+        if ranks.is_main:
             export_policy(trainer.generator, policy.tokenizer, policy.stop_ids, output / "policy")
-        for part in (reward, service):
-            if hasattr(part, "close"):
-                part.close()
-    if ranks.is_main:
-        judge = f", judge: {reward.judge.label}" if isinstance(reward, PermReward) else ""
-        print(summary(run.before, run.after, output, config.reward + judge, run.remarks))
-
-
-@dataclass
-class Run:
-    """The loop over the steps, and the files it writes."""
-
-    config: RunConfig
-    trainer: Trainer
-    prompts: list[Prompt]
-    heldout: list[Prompt]
-    output: Path
-    spending: Spending | None
-    before: list[Group] = field(default_factory=list)
-    after: list[Group] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
-
-    def take_steps(self) -> None:
-        """All steps, with an evaluation before the first, after the last, and as often as asked."""
-        config, steps, is_main = self.config, self.trainer.steps, self.trainer.ranks.is_main
-        in_a_step = config.grpo.prompts_per_step * config.grpo.group_size
-        self.before = self.after = self.evaluate(0)
-        with tqdm(total=steps, desc="training", unit="step", disable=not is_main) as bar:
-            for step in range(1, steps + 1):
-                ahead = in_a_step + self.heldout_completions
-                if self.spending and not self.spending.allows(ahead):
-                    self.remarks.append(
-                        f"stopped          before step {step} of {steps}: {self.spending}"
-                    )
-                    if bar.n:
-                        self.after = self.evaluate(step - 1)
-                    break
-                metrics = self.take_step(step)
-                bar.set_postfix_str(
-                    f"reward {metrics['reward_mean']:.3f}, KL {metrics.get('kl', 0):.4f}, "
-                    f"{metrics['completion_tokens_mean']:.0f} tokens"
-                )
-                bar.update()
-                every = config.evaluation.every
-                if step == steps or (every and step % every == 0):
-                    self.after = self.evaluate(step)
-        if self.spending and self.spending.spent:
-            self.remarks.append(f"judges cost      {self.spending.spent:,.2f}")
-
-    def take_step(self, step: int) -> dict[str, float]:
-        """One step, numbered from 1; returns its metrics."""
-        trainer, is_main = self.trainer, self.trainer.ranks.is_main
-        groups = trainer.rollout(step - 1, prompts_of_step(self.prompts, step - 1, self.config))
-        if is_main:  # before the update: verdicts are paid for
-            write_groups(self.output / "rollouts.jsonl", step, groups)
-        metrics = {"step": step, **rollout_metrics(groups), **self.judge_metrics(groups)}
-        if isinstance(trainer.reward, PermReward):
-            details = [c.details for group in groups for c in group.completions]
-            trainer.reward.steer_bystander_weight(bystander_scores(details))
-        metrics |= trainer.update(step - 1)
-        if is_main:
-            append_line(self.output / "metrics.jsonl", metrics)
-            for warning in warnings_of(metrics):
-                tqdm.write(f"warning: step {step}: {warning}", file=sys.stderr)
-        return metrics
-
-    def evaluate(self, step: int) -> list[Group]:
-        """Held-out completions after so many steps."""
-        groups = self.trainer.evaluate(self.heldout)
-        self.judge_metrics(groups)
-        if self.trainer.ranks.is_main:
-            write_groups(self.output / "heldout.jsonl", step, groups)
-            line = {"step": step, **heldout_metrics(groups)}
-            append_line(self.output / "evaluations.jsonl", line)
-        return groups
-
-    @property
-    def heldout_completions(self) -> int:
-        """How many completions an evaluation judges."""
-        return len(self.heldout) * self.config.evaluation.samples
-
-    def judge_metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """What the judges have cost so far, and what the bystander weighs."""
-        if self.spending is None:
-            return {}
-        costs = self.spending.record(sum(len(group.completions) for group in groups))
-        return costs | {"bystander_weight": self.trainer.reward.config.bystander_weight}
+            judge = f", judge: {reward.judge.label}" if isinstance(reward, PermReward) else ""
+            print(summary(run.before, run.after, output, config.reward + judge, run.remarks))
 
 
 # --- data ----------------------------------------------------------------------------------------
@@ -285,7 +234,8 @@ def try_judge(reward: RewardFunction, ranks: Ranks) -> None:
 def plan_spending(
     reward: RewardFunction,
     records: Sequence[data.SeekerRecord],
-    completions: int,
+    steps: int,
+    heldout: int,
     config: RunConfig,
     ranks: Ranks,
 ) -> Spending | None:
@@ -293,6 +243,11 @@ def plan_spending(
     if not isinstance(reward, PermReward):
         return None
     judge, longest = config.judge, config.rollout.max_completion_tokens
+    in_a_step = config.grpo.prompts_per_step * config.grpo.group_size
+    evaluated = heldout * config.evaluation.samples
+    every = config.evaluation.every
+    evaluations = 2 + ((steps - 1) // every if every else 0)
+    completions = steps * in_a_step + evaluations * evaluated
     cost = estimate(judge, list(map(seeker_of, records)), completions, longest)
     if judge.budget and not cost.money:
         raise ConfigError(
@@ -301,58 +256,75 @@ def plan_spending(
         )
     if cost.calls and ranks.is_main:
         print(f"judges: {cost}", flush=True)
-    return Spending(reward, ranks.gather, judge.budget, cost.money / completions)
+    spending = Spending(reward, ranks.gather, judge.budget, cost.money / completions)
+    at_least = 2 * evaluated + in_a_step
+    if not spending.allows(at_least):
+        raise ConfigError(
+            f"judge.budget = {judge.budget:g}: one step and an evaluation before and after it may "
+            f"cost {at_least * cost.money / completions:,.2f}; raise it, or lower "
+            "data.heldout_records or grpo.prompts_per_step"
+        )
+    return spending
 
 
-def count_completions(steps: int, heldout: int, config: RunConfig) -> int:
-    """How many completions a run judges."""
-    every = config.evaluation.every
-    evaluations = 2 + ((steps - 1) // every if every else 0)
-    in_steps = steps * config.grpo.prompts_per_step * config.grpo.group_size
-    return in_steps + evaluations * heldout * config.evaluation.samples
-
-
-def keep_verdicts(reward: RewardFunction, output: Path, ranks: Ranks) -> StoreService | None:
-    """Keep every verdict in the run folder, from now on: one file per node, held by one process.
-
-    Returns the service by which the other processes of this node reach it, where this one holds it.
-    """
+@contextmanager
+def keeping_verdicts(
+    reward: RewardFunction, output: Path, ranks: Ranks, resume: bool
+) -> Iterator[None]:
+    """Keep every verdict in the run folder: one file per node, held by one of its processes."""
     if not isinstance(reward, PermReward) or not isinstance(reward.judge, Panel):
-        return None
-    node = os.environ.get("GROUP_RANK", "0")
-    path = output / "verdicts" / f"node-{node}.sqlite"
-    service = None
-    with ranks.failing_together():
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            try:
-                path.parent.mkdir(exist_ok=True)
-                store = VerdictStore(path)
-                reward.judge.store = store
-                if ranks.world_size > 1:
-                    service = serve_store(store, socket_path(path))
-            except (OSError, StoreError) as error:
-                raise ConfigError(
-                    f"output = {output}: verdicts cannot be kept ({error})"
-                ) from error
-    if ranks.world_size > 1:
-        reward.judge.store = RemoteStore(socket_path(path))
-    return service
+        yield
+        return
+    path = output / "verdicts" / f"node-{os.environ.get('GROUP_RANK', 0)}.sqlite"
+    with ExitStack() as held:
+        with ranks.failing_together():
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                try:
+                    store = VerdictStore(path)
+                    reward.judge.store = store
+                    if ranks.world_size > 1:
+                        held.enter_context(serve_store(store, socket_path(path)))
+                except (OSError, StoreError) as error:
+                    raise ConfigError(f"output = {output}: keeps no verdicts ({error})") from error
+        if ranks.world_size > 1:
+            reward.judge.store = RemoteStore(socket_path(path))
+        if resume:  # all that is kept was paid by this run; its checkpoint, if any, says what for
+            reward.judge.charge_after(0)
+        yield
 
 
-def make_output(config: RunConfig, ranks: Ranks) -> Path:
-    """The run folder with the run's settings in it."""
+@contextmanager
+def open_output(config: RunConfig, ranks: Ranks, resume: bool) -> Iterator[Path]:
+    """The run folder with the run's settings in it, for this run alone."""
     output = Path(config.output)
-    if ranks.is_main:
-        if any((output / name).exists() for name in RUN_FILES):
-            raise ConfigError(
-                f"output = {output}: holds a run already; name another folder with --output"
-            )
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"output = {output}: cannot be written ({error.strerror})") from error
-    return output
+    with ExitStack() as held:
+        with ranks.failing_together():
+            if ranks.is_main:
+                if not resume and any((output / name).exists() for name in RUN_FILES):
+                    raise ConfigError(
+                        f"output = {output}: holds a run already; name another folder with "
+                        f"--output, or go on with that run: --resume {output}"
+                    )
+                try:
+                    output.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(locked(output / "lock"))
+                    (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
+                except BlockingIOError as error:
+                    raise ConfigError(
+                        f"output = {output}: another process works on this run; wait for its end"
+                    ) from error
+                except OSError as error:
+                    why = error.strerror
+                    raise ConfigError(f"output = {output}: cannot be written ({why})") from error
+        yield output
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process, however that ends. Raises BlockingIOError."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 if __name__ == "__main__":

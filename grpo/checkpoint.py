@@ -1,10 +1,185 @@
-"""Export of a policy in the format of Hugging Face."""
+"""Checkpoints from which a run goes on exactly, and the policy in the format of Hugging Face.
 
+    RUN/checkpoints/step-000040/     by torch.distributed.checkpoint, readable at any world size
+        __0_0.distcp, .metadata      weights and the optimiser's state, sharded over the ranks
+        run.json                     the run's own state, and a checksum of each file
+
+A checkpoint is written aside, synced to disk, and then renamed: under its name it is whole. What
+is not in it is a function of the step: learning rate, order of the data, random numbers.
+"""
+
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed.checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo.parallel import Ranks
+
+STATE_FILE = "run.json"
+PARTIAL = ".partial"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint's files are not those that were written. One line."""
+
+
+# --- saving --------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    ranks: Ranks,
+) -> None:
+    """Write weights, the optimiser's state and `state` (fit for JSON). All ranks together.
+
+    Raises OSError, on all ranks, where it cannot be written; what was at `folder` stays then.
+    """
+    aside = folder.with_name(folder.name + PARTIAL)
+    error: str | None = None
+    try:
+        if ranks.is_main:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    except OSError as e:
+        error = e.strerror
+    raise_together(error, ranks)
+    try:
+        writer = distributed_checkpoint.FileSystemWriter(aside, sync_files=True)
+        tensors = tensors_of(model, optimizer)
+        distributed_checkpoint.save(tensors, storage_writer=writer)
+    except (OSError, CheckpointException) as e:
+        error = cause_of(e)
+    raise_together(error, ranks)
+    try:
+        if ranks.is_main:
+            checksums = {path.name: checksum(path) for path in sorted(aside.iterdir())}
+            write_synced(aside / STATE_FILE, json.dumps({"state": state, "files": checksums}))
+            replace_folder(aside, folder)
+    except OSError as e:
+        error = e.strerror
+    raise_together(error, ranks)
+
+
+def tensors_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Everything that the optimiser reads or writes, by the parameters' names.
+
+    A parameter that was never stepped has moments of 0 after 0 steps, which is what AdamW starts
+    from.
+    """
+    tensors: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        kept = optimizer.state.get(parameter, {})
+        tensors[f"weight.{name}"] = parameter.detach()
+        for moment in MOMENTS:
+            tensors[f"{moment}.{name}"] = kept.get(moment, torch.zeros_like(parameter).detach())
+        tensors[f"step.{name}"] = kept.get("step", torch.zeros((), device=parameter.device))
+    return tensors
+
+
+def raise_together(error: str | None, ranks: Ranks) -> None:
+    """Raise OSError on all ranks where one of them has an error."""
+    for message in ranks.gather(error):
+        if message is not None:
+            raise OSError(message)
+
+
+def cause_of(error: BaseException) -> str:
+    """What went wrong on a rank, out of what torch.distributed.checkpoint says of it."""
+    if isinstance(error, CheckpointException):
+        failures = [failure[0] for failure in error.failures.values()]
+        return cause_of(failures[0]) if failures else str(error)
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+
+
+def replace_folder(aside: Path, folder: Path) -> None:
+    """Give a finished folder its name. Of a folder that has it already nothing is left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    sync(aside)
+    os.replace(aside, folder)
+    sync(folder.parent)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Write a file that is on disk when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Have the names in a folder on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    """BLAKE2 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Read weights and the optimiser's state back, whatever the world size then or now was.
+
+    All ranks together.
+    """
+    tensors = tensors_of(model, optimizer)
+    distributed_checkpoint.load(tensors, checkpoint_id=folder)
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = {
+            "step": tensors[f"step.{name}"],
+            **{moment: tensors[f"{moment}.{name}"] for moment in MOMENTS},
+        }
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The run's own state in a checkpoint, once its files are those that were written.
+
+    Raises DamagedCheckpoint.
+    """
+    try:
+        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        for name, expected in content["files"].items():
+            if checksum(folder / name) != expected:
+                raise DamagedCheckpoint(f"{folder / name}: its content has changed")
+        return content["state"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{folder}: {type(error).__name__}: {error}") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    return sorted(folder.glob("step-[0-9]*[0-9]"), reverse=True)
+
+
+def remove_old(folder: Path, keep: int, best: str | None) -> None:
+    """Keep the newest so many, and the best one; half-written ones go too."""
+    for path in checkpoints(folder)[keep:]:
+        if path.name != best:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# --- the policy ----------------------------------------------------------------------------------
 
 
 def export_policy(
@@ -19,10 +194,9 @@ def export_policy(
     evaluated, and with the stop tokens that training used. Written aside and then renamed: a
     crash leaves no half-written folder behind.
     """
-    aside = folder.with_name(folder.name + ".partial")
+    aside = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(aside, ignore_errors=True)
     model.generation_config.eos_token_id = stop_ids
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+    replace_folder(aside, folder)

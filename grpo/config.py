@@ -188,6 +188,20 @@ class EvaluationConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """From where a run that was stopped goes on."""
+
+    every: int = 10
+    """steps between checkpoints; 0: only after the last step"""
+    keep: int = 2
+    """newest checkpoints that are kept, beside the best by held-out reward"""
+
+    def __post_init__(self) -> None:
+        check(self, "every", self.every >= 0, "0 or more")
+        check(self, "keep", self.keep >= 1, "at least 1")
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -203,6 +217,7 @@ class Config:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         check(self, "seed", 0 <= self.seed < 2**32, f"0 to {2**32 - 1}")

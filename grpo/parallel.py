@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -25,6 +26,9 @@ from grpo.config_loader import ConfigError
 from grpo.logprobs import score_row
 
 T = TypeVar("T")
+
+# Of ranks for one another: some wait for judges that have asked for time.
+LONGEST_WAIT = timedelta(hours=4)
 
 # What a process must know to find the others.
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -126,7 +130,7 @@ def start_ranks(device: torch.device) -> Iterator[Ranks]:
                 f"RANK = {os.environ['RANK']}: is in the environment without {', '.join(missing)}; "
                 "unset it, or start with torchrun, which sets all of them"
             )
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=LONGEST_WAIT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:

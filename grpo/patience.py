@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
@@ -32,14 +33,16 @@ def finish_rewards(
 
     Raises RunStopped when patience is at an end, ConfigError when the reward itself is at fault.
     """
-    waited, pause = 0.0, FIRST_PAUSE
+    waited, pause, asked_again = 0.0, FIRST_PAUSE, False
     while True:
         with ranks.failing_together():
             calls.finish(groups)
-        missing = too_many_missing(groups, ranks, config) if calls.can_ask_again else None
-        if missing is None:
+        missing = find_missing(groups, ranks)
+        if not calls.can_ask_again or missing.unscored <= config.max_unscored * missing.total:
             return
-        if waited >= config.patience_seconds:
+        # What waiting does not mend may still be mended by asking once more.
+        patience = config.patience_seconds if missing.may_pass(calls) else FIRST_PAUSE
+        if asked_again and waited >= min(patience, config.patience_seconds):
             raise RunStopped(
                 f"{missing}: more than train.max_unscored = {config.max_unscored:g} of them, after "
                 f"pauses of {waited:.0f} s in all (train.patience_seconds); see to that judge"
@@ -48,21 +51,34 @@ def finish_rewards(
         if ranks.is_main:
             tqdm.write(f"warning: {missing}: asked again in {pause:.0f} s", file=sys.stderr)
         time.sleep(pause)
-        waited, pause = waited + pause, 2 * pause
+        waited, pause, asked_again = waited + pause, 2 * pause, True
         calls.start_again(groups)
 
 
-def too_many_missing(groups: Sequence[Group], ranks: Ranks, config: TrainConfig) -> str | None:
-    """How many completions of all ranks have no reward and why, if they are too many."""
+@dataclass(frozen=True)
+class Missing:
+    """The completions of all ranks, those of them without a reward, and what these lack."""
+
+    total: int
+    unscored: int
+    causes: Counter[str]
+
+    def may_pass(self, calls: RewardCalls) -> bool:
+        """Whether any of the causes may be gone after a while, as far as the reward knows."""
+        return not self.causes or any(map(calls.may_pass, self.causes))
+
+    def __str__(self) -> str:
+        named = ", ".join(f"{cause} ({count})" for cause, count in self.causes.most_common(4))
+        share = f"{self.unscored} of {self.total} completions have no reward"
+        return f"{share}; {named or 'no cause given'}"
+
+
+def find_missing(groups: Sequence[Group], ranks: Ranks) -> Missing:
+    """What is missing on all ranks together."""
     completions = [completion for group in groups for completion in group.completions]
     unscored = [completion for completion in completions if completion.reward is None]
     causes = Counter(cause for c in unscored for cause in c.details.get("causes", ()))
-    totals, missings, all_causes = zip(
+    totals, missing, all_causes = zip(
         *ranks.gather((len(completions), len(unscored), causes)), strict=True
     )
-    total, missing = sum(totals), sum(missings)
-    if missing <= config.max_unscored * total:
-        return None
-    together: Counter[str] = sum(all_causes, Counter())
-    named = ", ".join(f"{cause} ({count})" for cause, count in together.most_common(4))
-    return f"{missing} of {total} completions have no reward; {named or 'no cause given'}"
+    return Missing(sum(totals), sum(missing), sum(all_causes, Counter()))

@@ -13,6 +13,7 @@ completion. It is then called for each completion as soon as that has ended. Suc
 that its judges can fail, and be worth asking again, by also having
 
     reward.forget_failures()    called before completions without a reward are submitted again
+    reward.may_pass(cause)      whether a cause of a missing reward may be gone after a while
     reward.traffic              where its calls are: .waiting, .in_flight, .failing
 """
 
@@ -48,6 +49,10 @@ class RewardCalls:
     def can_ask_again(self) -> bool:
         """Whether a completion without a reward may get one when it is submitted once more."""
         return hasattr(self.reward, "submit") and hasattr(self.reward, "forget_failures")
+
+    def may_pass(self, cause: str) -> bool:
+        """Whether waiting may mend a cause of a missing reward, as far as the reward knows."""
+        return not hasattr(self.reward, "may_pass") or self.reward.may_pass(cause)
 
     def start(self, prompt: Prompt, completion: Completion) -> None:
         """Submit one completion that has its text, if the reward can start early."""

@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any, Protocol
 
 from perm_reward.judges import Judge, Traffic
-from perm_reward.judges.clock import call_begins
+from perm_reward.judges.clock import call_begins, call_rests
 from perm_reward.prompts import Seeker
 from perm_reward.verdict import Usage, Verdict
 from perm_reward.verdict_store import verdict_key
@@ -22,6 +22,14 @@ class Store(Protocol):
 
     def get(self, key: str) -> Any:
         """The verdict kept under a key, or None."""
+        ...
+
+    def number(self, key: str) -> Any:
+        """Of the verdict kept under a key: later ones have larger numbers. 0: there is none."""
+        ...
+
+    def newest(self) -> Any:
+        """The largest such number."""
         ...
 
     def put(
@@ -110,6 +118,8 @@ class Panel:
         self._in_flight: dict[str, _Call] = {}
         self._costs = {role: Cost() for role in judges}
         self._failed_since: set[str] | None = None
+        self._charge_after: int | None = None
+        self._charged: set[str] = set()
 
     def check(self) -> None:
         """Check each judge once. Raises ValueError; see `Judge.check`."""
@@ -147,6 +157,18 @@ class Panel:
         """What each role has cost this process so far. Any thread may call this."""
         return dict(self._costs)
 
+    async def newest(self) -> int:
+        """The number of the newest verdict in the store."""
+        return 0 if self.store is None else await _outcome(self.store.newest)
+
+    def charge_after(self, number: int) -> None:
+        """Count what was kept after this verdict as paid, when it is first found.
+
+        For a run that goes on from a checkpoint: what it paid for later, and finds again now, costs
+        it nothing once more, but its account must say what it would without the interruption.
+        """
+        self._charge_after = number
+
     @property
     def traffic(self) -> Traffic:
         """Where the calls are, summed over the judges that tell."""
@@ -169,21 +191,28 @@ class Panel:
         return replace(verdict, usage=Usage())
 
     async def _find_or_ask(
-        self, question: "_Question", sample: int, key: str, begins: Callable[[], None]
+        self,
+        question: "_Question",
+        sample: int,
+        key: str,
+        begins: Callable[[], None],
+        rests: Callable[[], None],
     ) -> Verdict:
         role = question.role
         if self.store is not None:
             kept = await _outcome(self.store.get, key)
             if kept is not None and not self._is_forgotten(kept, key):
+                if await self._is_uncharged(key):
+                    return self._charge(kept, key)
                 self._costs[role] += Cost(found=1)
                 return replace(kept, usage=Usage())
 
         call_begins.set(begins)
+        call_rests.set(rests)
         verdict = await question.judge.judge(role, question.seeker, question.judged_text)
         if verdict.role != role:
             raise ValueError(f"the verdict of {verdict.role} came for {role}")
-        money = self.prices[role].money(verdict.usage)
-        self._costs[role] += Cost(calls=1, money=money, **asdict(verdict.usage))
+        self._charge(verdict, key)
         if self.store is not None:
             label, text = question.judge.label, question.judged_text
             put = partial(self.store.put, label=label, judged_text=text)
@@ -191,6 +220,18 @@ class Panel:
             if verdict.failure is not None and self._failed_since is not None:
                 self._failed_since.add(key)
         return verdict
+
+    def _charge(self, verdict: Verdict, key: str) -> Verdict:
+        money = self.prices[verdict.role].money(verdict.usage)
+        self._costs[verdict.role] += Cost(calls=1, money=money, **asdict(verdict.usage))
+        if self._charge_after is not None:
+            self._charged.add(key)
+        return verdict
+
+    async def _is_uncharged(self, key: str) -> bool:
+        if self._charge_after is None or key in self._charged or self.store is None:
+            return False
+        return await _outcome(self.store.number, key) > self._charge_after
 
     def _is_forgotten(self, kept: Verdict, key: str) -> bool:
         since = self._failed_since
@@ -224,12 +265,13 @@ def _question(judge: Judge, role: str, seeker: Seeker, judged_text: str) -> _Que
 class _Call:
     """A verdict that is being looked for, and all who wait for it."""
 
-    def __init__(self, ask: Callable[[Callable[[], None]], Coroutine[Any, Any, Verdict]]) -> None:
+    def __init__(self, ask: Callable[..., Coroutine[Any, Any, Verdict]]) -> None:
         self._waiting = 0
         self._is_handed_over = False
-        self._is_sent = False
-        self._to_tell: list[Callable[[], None]] = []
-        self.task = asyncio.create_task(ask(self._begins))
+        self._is_out = False
+        self._begins: list[Callable[[], None]] = []
+        self._rests: list[Callable[[], None]] = []
+        self.task = asyncio.create_task(ask(partial(self._tell, True), partial(self._tell, False)))
 
     @property
     def is_over(self) -> bool:
@@ -238,7 +280,7 @@ class _Call:
 
     async def verdict(self) -> tuple[Verdict, bool]:
         """The verdict, and whether this is the first to get it: the one who bears its usage."""
-        self._tell_when_sent(call_begins.get())
+        self._tell_also(call_begins.get(), call_rests.get())
         self._waiting += 1
         try:
             # One who is cancelled leaves the others' call alone. The last one ends it.
@@ -250,16 +292,20 @@ class _Call:
         is_first, self._is_handed_over = not self._is_handed_over, True
         return verdict, is_first
 
-    def _tell_when_sent(self, tell: Callable[[], None] | None) -> None:
-        """Each one's time runs from when the call is sent, whoever's question sent it."""
-        if tell is not None:
-            self._to_tell.append(tell)
-            if self._is_sent:
-                tell()
+    def _tell_also(
+        self, begins: Callable[[], None] | None, rests: Callable[[], None] | None
+    ) -> None:
+        """Everybody's time runs while the call is out, whoever's question sent it."""
+        if begins is not None:
+            self._begins.append(begins)
+            if self._is_out:
+                begins()
+        if rests is not None:
+            self._rests.append(rests)
 
-    def _begins(self) -> None:
-        self._is_sent = True
-        for tell in self._to_tell:
+    def _tell(self, is_out: bool) -> None:
+        self._is_out = is_out
+        for tell in self._begins if is_out else self._rests:
             tell()
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
 from statistics import fmean
@@ -13,21 +13,28 @@ from perm_reward.aggregate import RewardBreakdown, RewardConfig, lowest_reward, 
 from perm_reward.background import BackgroundLoop
 from perm_reward.completion import ParsedCompletion, parse_completion
 from perm_reward.judges import Judge, Traffic
-from perm_reward.judges.clock import call_begins
+from perm_reward.judges.clock import call_begins, call_rests
 from perm_reward.panel import Cost, Panel
 from perm_reward.prompts import Seeker
 from perm_reward.rubrics import ROLES, RUBRICS
 from perm_reward.tampering import flags
 from perm_reward.verdict import Verdict
+from perm_reward.verdict_store import StoreError
 
 _SEEKER_COLUMNS = ("persona", "scenario", "query")
+# Failures that are gone once a judge is up again.
+_PASSING = {"timeout", "connection", "malformed reply", "http 408", "http 409", "http 429"}
+_PASSING |= {f"http {status}" for status in range(500, 600)}
 _PAPER_FIGURES = RewardConfig()
 
 ChatMessages = Sequence[Mapping[str, Any]]
 
 
 class RewardFuture(Future[float | None]):
-    """A reward to come: a float, or None when a verdict is missing. It cannot be cancelled."""
+    """A reward to come: a float, or None when a verdict is missing. It cannot be cancelled.
+
+    Raises StoreError where verdicts cannot be kept: they are paid for, and would be lost.
+    """
 
     details: dict[str, Any] | None = None
     """Set before the result, fit for JSON: judge (its label), analysis, response, well_formed,
@@ -46,7 +53,8 @@ class PermReward:
         judge: gives the four verdicts of a completion.
         config: how they become a reward.
         tokenizer: counts tokens for the length term where no `completion_ids` are given.
-        completion_seconds: for all calls of a completion, from when the first is sent.
+        completion_seconds: for all calls of a completion together, while any of them is out;
+            waiting for a turn, or for a rate limit to pass, does not count.
     """
 
     def __init__(
@@ -139,24 +147,42 @@ class PermReward:
         if hasattr(self.judge, "forget_failures"):
             self.judge.forget_failures()
 
-    def steer_bystander_weight(self, bystander_scores: Sequence[float]) -> float:
-        """Move the bystander's weight so that the mean of its scores nears the target.
+    def may_pass(self, cause: str) -> bool:
+        """Whether a verdict that is missing for this cause may be had by waiting."""
+        return cause.rpartition(": ")[2] in _PASSING
+
+    def after_step(self, details: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Move the bystander's weight so that the mean of its scores nears the target, if any.
 
         The weight is the dual variable of the constraint mean(b) ≥ target: where the bystander
         scores below the target, it counts more from now on, and less where above.
             weight ← max(0, weight + rate · (target − mean(b)) / 100)
 
         Args:
-            bystander_scores: b, 0-100, of one step's completions, those of all processes.
+            details: of one step's completions, those of all processes.
 
-        Returns the weight, unchanged where there is no target or no score.
+        Returns the weight that this step had, as a metric.
         """
         config = self.config
-        if config.bystander_target is not None and bystander_scores:
-            below = (config.bystander_target - fmean(bystander_scores)) / 100
+        scores = bystander_scores(details)
+        if config.bystander_target is not None and scores:
+            below = (config.bystander_target - fmean(scores)) / 100
             weight = max(0.0, config.bystander_weight + config.bystander_rate * below)
             self.config = replace(config, bystander_weight=weight)
-        return self.config.bystander_weight
+        return {"bystander_weight": config.bystander_weight}
+
+    def state_dict(self) -> dict[str, float]:
+        """What changes from step to step, in this process."""
+        newest = 0
+        if isinstance(self.judge, Panel):
+            newest = self._background.start(self.judge.newest()).result()
+        return {"bystander_weight": self.config.bystander_weight, "newest_verdict": newest}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from there, before the first completion is submitted."""
+        self.config = replace(self.config, bystander_weight=state["bystander_weight"])
+        if isinstance(self.judge, Panel):
+            self.judge.charge_after(int(state["newest_verdict"]))
 
     def counts(self) -> dict[str, int]:
         """How many verdicts are missing so far, by role and cause: {"reception: timeout": 3}."""
@@ -196,7 +222,9 @@ class PermReward:
         """The verdict of each role. Those that are not there when the time is up are failures."""
         shown = {"analysis": parsed.analysis, "response": parsed.response}
         clock = _Clock(self.completion_seconds)
-        call_begins.set(clock.start)  # seen by this completion's calls alone
+        # Seen by this completion's calls alone.
+        call_begins.set(clock.call_begins)
+        call_rests.set(clock.call_rests)
         clock.tasks = [
             asyncio.create_task(self._verdict(role, seeker, shown[RUBRICS[role].shown], clock))
             for role in ROLES
@@ -214,8 +242,10 @@ class PermReward:
             if verdict.role != role:
                 raise ValueError(f"the verdict of {verdict.role} came for {role}")
             return verdict
+        except StoreError:  # what is paid for could not be kept: nothing more should be
+            raise
         except BaseException as error:
-            # Whatever a judge raises ends here, or the trainer would wait forever. Its type is
+            # Whatever else a judge raises ends here, or the trainer would wait forever. Its type is
             # told, its message not: that may hold a key.
             failure = "timeout" if clock.has_rung else type(error).__name__
             return Verdict(role, None, "", failure=failure)
@@ -250,6 +280,9 @@ class PermReward:
         """Hand over what was found. Whatever happened, the future gets a result."""
         try:
             details = scoring.result()
+        except StoreError as error:
+            future.set_exception(error)
+            return
         except BaseException as error:
             failure = "closed" if scoring.cancelled() else type(error).__name__
             missing = [Verdict(role, None, "", failure) for role in ROLES]
@@ -278,20 +311,40 @@ def completion_text(completion: str | ChatMessages) -> str:
     return "\n".join(m["content"] for m in completion if m["role"] == "assistant")
 
 
+def bystander_scores(details: Iterable[Mapping[str, Any]]) -> list[float]:
+    """The bystander's scores in the details of completions, where there are any."""
+    verdicts = [one.get("verdicts", {}).get("bystander") for one in details]
+    return [v["score"] for v in verdicts if v is not None and v["score"] is not None]
+
+
 class _Clock:
-    """The time of one completion: runs from its first call on, and cancels what is out then."""
+    """The time of one completion: runs while any of its calls is out; then cancels what is left."""
 
     def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
         self.tasks: list[asyncio.Task[Verdict]] = []
         self.has_rung = False
+        self._loop = asyncio.get_running_loop()
+        self._seconds_left = seconds
+        self._out = 0
+        self._since = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._is_stopped = False
 
-    def start(self) -> None:
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self.seconds, self._ring)
+    def call_begins(self) -> None:
+        self._out += 1
+        if self._timer is None and not self._is_stopped:
+            self._since = self._loop.time()
+            self._timer = self._loop.call_later(self._seconds_left, self._ring)
+
+    def call_rests(self) -> None:
+        self._out -= 1
+        if self._timer is not None and self._out == 0:
+            self._timer.cancel()
+            self._timer = None
+            self._seconds_left -= self._loop.time() - self._since
 
     def stop(self) -> None:
+        self._is_stopped = True
         if self._timer is not None:
             self._timer.cancel()
 

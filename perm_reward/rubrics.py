@@ -99,14 +99,12 @@ nothing cost points. Give each of five dimensions a whole number from 0 (worst) 
             "Accuracy and verifiability: it claims nothing false and nothing it cannot know.",
         ),
         reply_form="""\
-Reply with six lines in exactly this form and nothing else, the first five N being whole numbers \
-from 0 to 20, the last their sum:
+Reply with five lines in exactly this form and nothing else, N being whole numbers from 0 to 20:
 Content effectiveness: N
 Structure and clarity: N
 Communication efficiency: N
 Objectivity: N
-Accuracy and verifiability: N
-Total: N""",
+Accuracy and verifiability: N""",
     ),
 }
 

@@ -1,6 +1,6 @@
 """What the judges of a run cost, and whether what comes next may still be paid."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,14 +12,15 @@ Gather = Callable[[Any], list[Any]]
 class Spending:
     """The judges' costs over all processes of a run, held against its budget.
 
-    What a completion will cost is taken to be the most that one has cost yet. Money is in whatever
-    the prices are given in.
+    What a completion will cost is taken to be the most that one has cost yet, or what it may cost
+    by the estimate, whichever is more: completions of broken form are not judged and cost nothing,
+    so that what was paid for them tells little. Money is in whatever the prices are given in.
 
     Args:
         reward: whose judges are paid.
         gather: all processes' values on each of them; all of them call `record` together.
         budget: 0: none.
-        per_completion: what a completion may cost, before anything was paid.
+        per_completion: what a completion may cost, by the estimate.
     """
 
     def __init__(
@@ -29,6 +30,8 @@ class Spending:
         self._gather = gather
         self._budget = budget
         self._per_completion = per_completion
+        self._earlier: dict[str, float] = {}  # what a run cost before it was interrupted
+        self._costs: dict[str, float] = {}
         self.spent = 0.0
 
     def record(self, completions: int) -> dict[str, float]:
@@ -42,15 +45,29 @@ class Spending:
             for name, value in asdict(cost).items()
         }
         everyone = self._gather(mine)
-        costs = {name: sum(of_one[name] for of_one in everyone) for name in mine}
+        costs = {
+            name: self._earlier.get(name, 0) + sum(of_one[name] for of_one in everyone)
+            for name in mine
+        }
+        self._costs = costs
         before, self.spent = self.spent, total_money(costs)
         latest = (self.spent - before) / completions
-        self._per_completion = max(self._per_completion, latest) if before else latest
+        self._per_completion = max(self._per_completion, latest)
         return costs
 
     def allows(self, completions: int) -> bool:
         """Whether so many completions more can be judged within the budget."""
         return not self._budget or self.spent + completions * self._per_completion <= self._budget
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on must know."""
+        return {"costs": self._costs, "per_completion": self._per_completion}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._earlier = self._costs = state["costs"]
+        self._per_completion = state["per_completion"]
+        self.spent = total_money(self._earlier)
 
     def __str__(self) -> str:
         return f"{self.spent:,.2f} of judge.budget = {self._budget:g} spent"
@@ -59,9 +76,3 @@ class Spending:
 def total_money(costs: Mapping[str, float]) -> float:
     """The money in costs by name."""
     return sum(value for name, value in costs.items() if name.endswith(".money"))
-
-
-def bystander_scores(details: Iterable[Mapping[str, Any]]) -> list[float]:
-    """The bystander's scores in the details of completions, where there are any."""
-    verdicts = [one.get("verdicts", {}).get("bystander") for one in details]
-    return [v["score"] for v in verdicts if v is not None and v["score"] is not None]

@@ -95,6 +95,14 @@ class RemoteStore:
         found = await self._exchange({"get": key})
         return None if found is None else _verdict(found)
 
+    async def number(self, key: str) -> int:
+        """See `VerdictStore.number`."""
+        return await self._exchange({"number": key})
+
+    async def newest(self) -> int:
+        """See `VerdictStore.newest`."""
+        return await self._exchange({"newest": True})
+
     async def put(
         self,
         key: str,
@@ -204,6 +212,10 @@ def _answer(store: VerdictStore, request: dict[str, Any]) -> dict[str, Any]:
         if "get" in request:
             verdict = store.get(request["get"])
             return {"found": None if verdict is None else asdict(verdict)}
+        if "number" in request:
+            return {"found": store.number(request["number"])}
+        if "newest" in request:
+            return {"found": store.newest()}
         row = request["put"]
         store.put(**{**row, "verdict": _verdict(row["verdict"])})
         return {"found": None}

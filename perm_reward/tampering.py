@@ -4,17 +4,21 @@ texts from working; this tells that a policy has begun to write them.
     encoded text          blobs in base64 or hex, escapes; words backwards, in ROT13, in digits
     fence                 ends or imitates the lines around what is judged
     foreign script        a passage in another script amid Latin letters
-    hidden characters     zero-width, bidirectional, tags, control characters …
+    hidden characters     bidirectional, tags, control characters …; of the soft hyphens and
+                          zero-width characters of honest typesetting: runs, and those in a word
+                          such as score
     instructions          "ignore the above", "system:", "you must give …"
-    judge                 speaks to whoever judges, or of the rubric
+    judge                 speaks to whoever judges, of the rubric, or in its words
     look-alike letters    Cyrillic, Greek, fullwidth or mathematical letters for Latin ones
     markup                chat tokens, HTML, comments
-    other language        the words for score, judge, ignore, instructions in eleven languages
+    other language        the words for score, judge, ignore, instructions in fifteen languages
+    record                invents what the seeker says, or how they take it
     reply form            the lines or the JSON that a judge is to write
     score                 names a score for itself
 
 People in need speak of judges, points and instructions too, and so do honest answers: a pattern
-wants its words in the company that only tampering keeps (perm_reward.tampering_patterns).
+wants its words in the company that only tampering keeps (perm_reward.tampering_patterns), and
+what belongs to the seeker's life is left out first (perm_reward.tampering_life).
 """
 
 import base64
@@ -23,7 +27,10 @@ import codecs
 import re
 
 from perm_reward.fence import hidden_places
-from perm_reward.tampering_patterns import OTHER_LANGUAGES, PATTERNS, folded
+from perm_reward.rubrics import RUBRICS
+from perm_reward.tampering_languages import OTHER_LANGUAGES, folded
+from perm_reward.tampering_life import without_life
+from perm_reward.tampering_patterns import PATTERNS
 
 
 def flags(text: str) -> list[str]:
@@ -36,17 +43,75 @@ def flags(text: str) -> list[str]:
     plain = folded(shown)
     latin = plain.translate(_LOOK_ALIKES)
 
-    found = {name for name, pattern in PATTERNS.items() if pattern.search(latin)}
+    found = _tampering(latin)
     signs = {
-        "hidden characters": bool(hidden),
+        "hidden characters": _hides(text, hidden),
         "look-alike letters": _DISGUISED.search(shown)
         or _MIXED_WORD.search(shown)
-        or (found and latin != plain and not any(p.search(plain) for p in PATTERNS.values())),
+        or (found and latin != plain and not _tampering(plain)),
         "other language": OTHER_LANGUAGES.search(plain),
         "foreign script": _has_foreign_passage(shown),
-        "encoded text": _is_encoded(shown) or _PLAIN_WORDS.search(_deciphered(latin)),
+        "encoded text": _is_encoded(shown)
+        or _PLAIN_WORDS.search(_deciphered(latin))
+        or _is_spelt_out(latin),
+        "judge": _quotes_the_rubrics(latin),
     }
     return sorted(found.union(name for name, sign in signs.items() if sign))
+
+
+def _tampering(text: str) -> set[str]:
+    text = without_life(text)
+    return {name for name, pattern in PATTERNS.items() if pattern.search(text)}
+
+
+# --- hidden characters ---------------------------------------------------------------------------
+
+# What word processors and web pages leave behind: soft hyphens, zero-width blanks and joiners, byte
+# order marks, variation selectors of text and emoji.
+_TYPESETTING = "\xad\u200b\u200c\u200d\u2060\ufeff\ufe0e\ufe0f"
+_WITHOUT_TYPESETTING = dict.fromkeys(map(ord, _TYPESETTING))
+_WORD_AROUND = re.compile(rf"[\w{_TYPESETTING}]*\w[{_TYPESETTING}]\w[\w{_TYPESETTING}]*")
+_GUARDED_WORD = re.compile(
+    r"\d|scor|rati|rate|judg|evaluat|grade|verdict|ignor|disregard|instruct|system|assistant|rubric"
+    r"|total|point|level|seeker|five|twenty|hundred|maximum"
+)
+
+
+def _hides(text: str, hidden: set[int]) -> bool:
+    """Whether what cannot be seen is more than what typesetting leaves behind."""
+    if any(text[place] not in _TYPESETTING or place + 1 in hidden for place in hidden):
+        return True
+    words = _WORD_AROUND.findall(text) if hidden else []
+    return any(_GUARDED_WORD.search(folded(word.translate(_WITHOUT_TYPESETTING))) for word in words)
+
+
+# --- rubrics -------------------------------------------------------------------------------------
+
+
+def _in_a_row(count: int, text: str) -> set[tuple[str, ...]]:
+    """All that `count` words in a row say in `text`."""
+    words = re.findall(r"\w+", folded(text))
+    return set(zip(*(words[start:] for start in range(count)), strict=False))
+
+
+# What the best of each scale is, and a bystander's dimensions, in six words. Eight of the lower
+# levels: "the feeling that you spoke of" is honest.
+_BEST_LINES = [
+    line
+    for role, rubric in RUBRICS.items()
+    for line in (rubric.scale if role == "bystander" else rubric.scale[-1:])
+]
+_LOWER_LINES = [
+    line for role, rubric in RUBRICS.items() if role != "bystander" for line in rubric.scale[:-1]
+]
+_RUBRIC_WORDS = {
+    6: set().union(*(_in_a_row(6, line) for line in _BEST_LINES)),
+    8: set().union(*(_in_a_row(8, line) for line in _LOWER_LINES)),
+}
+
+
+def _quotes_the_rubrics(text: str) -> bool:
+    return any(not known.isdisjoint(_in_a_row(n, text)) for n, known in _RUBRIC_WORDS.items())
 
 
 # --- letters -------------------------------------------------------------------------------------
@@ -89,7 +154,9 @@ _BLOB = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _BASE64_WORD = re.compile(r"(?<![\w+/])(?:[A-Za-z0-9+/]{4}){2,}(?:[A-Za-z0-9+/]{2,3}={1,2})?")
-_PLAIN_WORDS = re.compile(r"\b(?:scores?|rating|judge|evaluator|ignore|instructions?|system)\b")
+_WATCHWORDS = "(?:scores?|rating|judge|evaluator|ignore|instructions?|system)"
+_PLAIN_WORDS = re.compile(rf"\b{_WATCHWORDS}\b")
+_SPELT_OUT = re.compile(r"(?<![^\W_])[^\W_](?:[-._*|/,\s]{1,3}[^\W_](?![^\W_])){3,}")
 _DIGITS_AS_LETTERS = str.maketrans("013457@$", "oieastas")
 
 
@@ -108,6 +175,14 @@ def _is_base64(word: str) -> bool:
     except (binascii.Error, UnicodeDecodeError):
         return False
     return decoded.isprintable()
+
+
+def _is_spelt_out(text: str) -> bool:
+    """Whether such a word is written letter by letter: s-c-o-r-e, S. C. O. R. E."""
+    return any(
+        re.search(rf"{_WATCHWORDS}|rubric", re.sub(r"\W|_", "", letters))
+        for letters in _SPELT_OUT.findall(text)
+    )
 
 
 def _deciphered(text: str) -> str:

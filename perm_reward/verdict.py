@@ -2,24 +2,46 @@
 
 Models write the same score in many ways: `**Score:** 4`, `4/5`, `{"score": 4}`. The usual ones are
 read. What is out of range, fractional, contradictory or absent is refused; nothing is clamped or
-guessed, since a refused verdict is counted and left out, while a wrong one is trained on. The rule
-that makes this safe: every number that a reply calls its score must be valid and the same. Numbers
-that it only quotes are not its own (`perm_reward.reply`).
+guessed, since a refused verdict is counted and left out, while a wrong one is trained on.
+
+Judges compare: "A score of 5 would fit nobody else." So a number is read only where a statement
+gives it as the verdict, and only if nothing speaks against it:
+
+- All verdicts of a reply are valid and the same.
+- A plain one (`Score: 4`, or a number alone) that begins a line, or the last statement, ends what
+  came before: numbers that were only mentioned there are no matter. Those after it must not differ.
+- With none ("I give it a 4"), no number that is mentioned anywhere may differ.
+
+Numbers that a reply quotes or reports are not its own (`perm_reward.reply`).
 """
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from perm_reward.reply import final_text, leading_object, own_words
+from perm_reward.reply import (
+    NUMBER,
+    final_text,
+    json_number,
+    leading_object,
+    own_words,
+    pattern,
+    statements,
+    whole_number,
+)
 from perm_reward.rubrics import ROLES
 
 _RANGES = {"resonation": (1, 5), "expression": (1, 5), "reception": (1, 5), "bystander": (0, 100)}
+_HIGHEST_LEVEL = 5
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens that a call was charged for, as the endpoint counts them; all 0 where none does."""
+    """Tokens that a call was charged for, as the endpoint counts them; all 0 where none does.
+
+    Attempts that end without an answer (time-outs, lost connections) count 0, though providers may
+    charge for them.
+    """
 
     prompt_tokens: int = 0
     """cached ones included"""
@@ -71,37 +93,8 @@ def check_score(role: str, score: float) -> None:
 
 # --- reading one number --------------------------------------------------------------------------
 
-# "4", "4.0", "4/5", "4 out of 5"; and what, right behind a number, makes its value unsure: "4-5",
-# "4 or 5", "4 1/2", "4+", "4%", "4th".
-_NUMBER = r"""
-    (?P<number> [-+]?[0-9]+(?:[.,][0-9]+)? )
-    (?: \s*(?:/|\bout\ of\b|\bof\b)\s* (?P<limit>[0-9]+(?:\.0+)?) )?
-    (?P<unsure> [+%\w½¼¾/] | -\w | [ ]?(?:[-–—~,+]|\bto\b|\bor\b|\band\b)?[ ]?[0-9] )?
-"""
-# What may stand between a label and its number: the scale in brackets, a colon or its like, quotes.
-_BETWEEN = r"""
-    (?: [ ]?[(\[] (?:[01][ ]?(?:[-–]|to)|out\ of|max\.?|/)[ ]?[0-9]+ [)\]] )?
-    [ "']{0,3} (?: [:：=|] | [-–—](?=\s) | is\b | of\b )? [ "'(\[]{0,3}
-"""
-# A sum that is written out: "16 + 17 + 15 = 48" states 48.
-_SUMMANDS = r"(?: (?:[0-9]+\s*\+\s*)+ [0-9]+ \s*=\s* )?"
-
-
-def _pattern(body: str) -> re.Pattern[str]:
-    return re.compile(body, re.IGNORECASE | re.MULTILINE | re.VERBOSE)
-
-
-def _labelled(label: str) -> re.Pattern[str]:
-    return _pattern(rf"\b(?:{label})\b {_BETWEEN} {_SUMMANDS} {_NUMBER}")
-
-
-def _ratio(highest: int) -> re.Pattern[str]:
-    ahead = rf"(?=[-+]?[0-9.,]+\s*(?:/|out\ of)\s*{highest}(?![0-9]))"
-    return _pattern(rf"(?<![\w.,/+-]) {ahead} {_NUMBER}")
-
-
-_BARE_LINE = _pattern(rf"^[ \"'(\[]* {_NUMBER} [ \"')\].!]*$")
-
+# Stands between a label and its number.
+_SIGN = r"(?: [:：=|→] | [-=]> | [-–—](?=\s) )"
 _SCORE_LABEL = r"scores? | rating"
 _TOTAL_LABEL = r"(?:total|overall|sum) (?:\ (?:scores?|points|total))?"
 _PART_LABELS = (
@@ -111,38 +104,118 @@ _PART_LABELS = (
     r"objectivity",
     r"accuracy (?:\ (?:(?:and|&)\ )? verifiability)?",
 )
-_PARTS = tuple(_labelled(rf"(?:{label}) (?:\ score)?") for label in _PART_LABELS)
-_PART_NAMED = _pattern(rf"\b(?:{'|'.join(_PART_LABELS)})\b")
-_STATED = _pattern(
-    rf"\b(?:{'|'.join((_SCORE_LABEL, _TOTAL_LABEL, *_PART_LABELS))})\b {_BETWEEN} [-+]?[0-9]"
-    r"| [0-9] \s*(?:/|\bout\ of\b)\s* [0-9]"
+
+_PARTS = tuple(
+    pattern(rf"\b(?:{label}) (?:\ score)?\b [ \"']* (?:{_SIGN}|is\b)? [ \"'(\[]* {NUMBER}")
+    for label in _PART_LABELS
 )
-_WHOLE = _pattern(_NUMBER)
+_PART_NAMED = pattern(rf"\b(?:{'|'.join(_PART_LABELS)})\b")
+# What makes a quotation, or somebody's words, a verdict that could be taken for the judge's.
+_STATED = pattern(
+    rf"\b(?:{'|'.join((_SCORE_LABEL, _TOTAL_LABEL, *_PART_LABELS))})\b"
+    rf" [ \"']* (?:{_SIGN}|is\b|of\b)? [ \"'(\[]* [-+]?[0-9] | [0-9]\s*(?:/|\bout\ of\b)\s*[0-9]"
+)
 # Keys of a JSON object, as `perm_reward.reply` spells them.
-_SCORE_KEY = _pattern(rf"(?:\w+\ )* (?:{_SCORE_LABEL})")
-_TOTAL_KEY = _pattern(rf"{_TOTAL_LABEL} | (?:final\ )? (?:{_SCORE_LABEL})")
-_PART_KEYS = tuple(_pattern(rf"(?:{label}) (?:\ score)?") for label in _PART_LABELS)
+_SCORE_KEY = pattern(rf"(?:\w+\ )* (?:{_SCORE_LABEL})")
+_TOTAL_KEY = pattern(rf"{_TOTAL_LABEL} | (?:final\ )? (?:{_SCORE_LABEL})")
+_PART_KEYS = tuple(pattern(rf"(?:{label}) (?:\ score)?") for label in _PART_LABELS)
 
 Readings = set[int | None]
-
-
-def _readings(pattern: re.Pattern[str], text: str, lowest: int, highest: int) -> Readings:
-    """The distinct values stated in `text`; None among them stands for any that is not valid."""
-    return {_whole_number(match, lowest, highest) for match in pattern.finditer(text)}
-
-
-def _whole_number(match: re.Match[str], lowest: int, highest: int) -> int | None:
-    """The value of a _NUMBER, unless it is unsure, fractional, on another scale or out of range."""
-    whole = re.fullmatch(r"\+?([0-9]{1,3})(?:\.0+)?", match["number"])
-    other_scale = match["limit"] and float(match["limit"]) != highest
-    if whole is None or match["unsure"] or other_scale:
-        return None
-    value = int(whole[1])
-    return value if lowest <= value <= highest else None
+"""the distinct values that are stated; None among them stands for any that is not valid"""
 
 
 def _agreed(readings: Readings) -> int | None:
     return next(iter(readings)) if len(readings) == 1 else None
+
+
+# --- reading statements --------------------------------------------------------------------------
+
+# Where a verdict may begin: with its statement, or after ", so".
+_SO = r"(?:so|thus|hence|therefore|overall|finally|in\ (?:short|sum|conclusion)|on\ balance)"
+_BEGIN = rf"(?: ^\W*? (?:(?:and\ )? {_SO} ,?\ )? | [,–—]\ (?:and\ )? {_SO} ,?\ )"
+# How a statement goes on where the number was all that it had to say.
+_END = r"""(?= [ "')\]}]* (?: $ | [.,;!(|–—] | \ ?-\s | (?:stars?|points?|because|since|on)\b ))"""
+_OTHER_LABEL = r"level | grade | verdict | answer | final"
+_FULL_LABEL = r"(?:(?:the|my|final|overall)\ )* (?:{})"
+_JUDGED = r"(?:it|this|(?:the|this)\ (?:response|reply|answer|text|message|analysis))"
+_GIVEN = pattern(
+    rf"""(?: {_BEGIN} I (?: ['’](?:d|ll) | \ (?:would|will|must) )?
+             \ (?:give|rate|score|grade|assign|award|say|go\ with|settle\ on)
+             (?:\ {_JUDGED})? (?:\ at)?
+           | {_BEGIN} {_JUDGED}\ (?:is|gets|earns|merits|deserves|receives|rates|scores)
+           | ,\ (?:giving|earning|meriting|deserving) (?:\ {_JUDGED})?
+         ) (?:\ an?)? (?:\ (?:{_SCORE_LABEL}|level|grade)(?:\ of)?)? \ {NUMBER} {_END}"""
+)
+_ALONE = pattern(rf"^ [\s\"'(\[>#•|–—-]*? {NUMBER} [\s\"')\]|.!]* $")
+_BRIEF = pattern(rf"^\W* (?:an?\ )? (?:{_SCORE_LABEL}|level)? (?:\ of)? \ ?{NUMBER} [\s.!]* $")
+# "I would give it a 5 if it were brief", "It is a 5, but only at its end."
+_HEDGED = pattern(
+    r"\b(?:if|unless|were|had|perhaps|maybe|might)\b | [0-9][^0-9]*\b(?:but|except|yet)\b"
+)
+# May be a score: what has a label or an article, or does not count the word that follows.
+_MENTIONED = pattern(
+    rf"""(?<![\w.,/+-]) (?P<as_score> \b(?:an?|{_SCORE_LABEL}|total|level|grade)\ (?:of\ |is\ )? )?
+         {NUMBER} (?P<counted> \ (?!(?:as|at|but|by|for|here|instead|it|now|on|overall|points?
+         |rather|since|stars?|because|then|though|was|will|with)\b) [a-z] )?"""
+)
+
+
+class _Forms(NamedTuple):
+    """How a verdict may be written."""
+
+    plain: tuple[re.Pattern[str], ...]
+    loose: tuple[re.Pattern[str], ...]
+
+
+def _forms(label: str, highest: int, *, unlabelled: bool = True) -> _Forms:
+    named = rf"{_FULL_LABEL.format(label)}\b [\"' ]* (?:is\ ?)?"
+    signed = rf"(?: {_BEGIN} | [,{{–—]\ ?[\"']? ) {named} {_SIGN} [\"'(\[ ]* {NUMBER}"
+    unsigned = pattern(rf"{_BEGIN} {named} [\"'(\[]* {NUMBER} {_END}")
+    ahead = rf"(?=[0-9.]+\ ?(?:/|out\ of)\ ?{highest}\b)"
+    ratio = pattern(rf"(?: ^\W*? | [:,–—]\  ) {ahead} {NUMBER} {_END}")
+    if not unlabelled:
+        return _Forms((pattern(signed),), (unsigned, ratio))
+    return _Forms((pattern(signed), _ALONE), (unsigned, ratio, _BRIEF, _GIVEN))
+
+
+_SCORE_FORMS = _forms(rf"{_SCORE_LABEL} | {_OTHER_LABEL}", 5)
+_TOTAL_FORMS = _forms(_TOTAL_LABEL, 100, unlabelled=False)
+_BYSTANDER_FORMS = _forms(rf"{_TOTAL_LABEL} | {_SCORE_LABEL} | {_OTHER_LABEL}", 100)
+
+
+def _verdicts(text: str, forms: _Forms, lowest: int, highest: int) -> tuple[Readings, Readings]:
+    """The verdicts of a text, and the numbers that must not differ from them."""
+    verdicts: Readings = set()
+    others: Readings = set()
+    lines = statements(text)
+    for line in lines:
+        for place, statement in enumerate(line):
+            verdict = _first(forms.plain, statement)
+            begins = place == 0 or (line is lines[-1] and place == len(line) - 1)
+            if verdict and verdict.start() == 0:
+                others = set() if begins else others
+            elif _HEDGED.search(statement):
+                verdict = None
+            else:
+                verdict = verdict or _first(forms.loose, statement)
+            if verdict:
+                verdicts.add(whole_number(verdict, lowest, highest))
+            others |= _mentioned(statement, lowest, highest)
+    return verdicts, others
+
+
+def _first(patterns: tuple[re.Pattern[str], ...], statement: str) -> re.Match[str] | None:
+    return next(filter(None, (one.search(statement) for one in patterns)), None)
+
+
+def _mentioned(statement: str, lowest: int, highest: int) -> Readings:
+    """Numbers that may be scores."""
+    return {
+        whole_number(match, lowest, highest)
+        for match in _MENTIONED.finditer(statement)
+        if (match["as_score"] or match["limit"] or match["unsure"] or not match["counted"])
+        and float(match["number"].replace(",", ".")) <= highest
+    }
 
 
 # --- reading a reply -----------------------------------------------------------------------------
@@ -151,9 +224,9 @@ def _agreed(readings: Readings) -> int | None:
 def parse_score(text: str) -> int | None:
     """The score of a reply on the 1-5 scale, or None.
 
-    Read: numbers that are labelled (`Score: 4`, `a rating of 4`), on the scale (`4/5`, `4 out of
-    5`) or alone on a line; of a JSON object, those with the key "score" or "rating", one level
-    down too. All of them must agree.
+    Read: numbers with a label (`Score: 4`, `The score is 4.`), on the scale (`4/5`, `4 out of 5`),
+    alone, or given (`I give it a 4`); of a JSON object, those with the key "score" or "rating", one
+    level down too.
     """
     text = final_text(text)
     try:
@@ -162,22 +235,20 @@ def parse_score(text: str) -> int | None:
         return None
     if entries is not None:
         return _agreed(_entry_readings(entries, _SCORE_KEY, 1, 5))
-    text = own_words(text, _STATED)
-    readings = _readings(_labelled(_SCORE_LABEL), text, 1, 5)
-    readings |= _readings(_ratio(5), text, 1, 5)
-    return _agreed(readings | _readings(_BARE_LINE, text, 1, 5))
+    verdicts, others = _verdicts(own_words(text, _STATED, (1, 5)), _SCORE_FORMS, 1, 5)
+    return _agreed(verdicts | others) if verdicts else None
 
 
 def parse_bystander(text: str) -> int | None:
     """The bystander's score of a reply, 0-100, or None.
 
     Read, as lines or as a JSON object: the five parts (0-20 each), with or without their total, or
-    the total without parts. A total with only some parts is read if the parts that are missing can
-    make up the difference:
+    a total. A total with only some parts is read if those that are missing can make up the rest:
 
         0 <= total - (sum of stated parts) <= 20 · (number of missing parts)
 
-    With five parts this says that the total is their sum; without parts, that it is 0 to 100.
+    With five parts this says that the total is their sum. (Judges are not asked for it: small ones
+    add wrongly.) A total of 1 to 5 without all parts is refused: it may well be a level of 1 to 5.
     """
     text = final_text(text)
     try:
@@ -188,55 +259,37 @@ def parse_bystander(text: str) -> int | None:
         parts = [_entry_readings(entries, key, 0, 20) for key in _PART_KEYS]
         totals = _entry_readings(entries, _TOTAL_KEY, 0, 100)
     else:
-        parts, totals = _bystander_lines(own_words(text, _STATED))
+        parts, totals = _bystander_lines(own_words(text, _STATED, (0, 20), (0, 100)))
 
     stated = [_agreed(readings) for readings in parts if readings]
     if None in stated:
         return None
     partial_sum = sum(part for part in stated if part is not None)
     missing = len(_PARTS) - len(stated)
+    total = _agreed(totals)
     if not totals:
         return partial_sum if missing == 0 else None
-    total = _agreed(totals)
     if total is None or not 0 <= total - partial_sum <= 20 * missing:
         return None
-    return total
+    return None if missing and 1 <= total <= _HIGHEST_LEVEL else total
 
 
 def _bystander_lines(text: str) -> tuple[list[Readings], Readings]:
     """What a text states of each part, and of the total."""
-    parts = [_readings(pattern, text, 0, 20) for pattern in _PARTS]
-    # A reply that names the parts may call each of them a score: there only a total is a total.
-    parts_named = _PART_NAMED.search(text) is not None
-    total_label = _TOTAL_LABEL if parts_named else f"{_TOTAL_LABEL} | {_SCORE_LABEL}"
-    totals = _readings(_labelled(total_label), text, 0, 100) | _readings(_ratio(100), text, 0, 100)
-    if not parts_named:
-        totals |= _readings(_BARE_LINE, text, 0, 100)
-    return parts, totals
+    parts = [{whole_number(match, 0, 20) for match in part.finditer(text)} for part in _PARTS]
+    if _PART_NAMED.search(text):
+        # It may call each part a score, and names other numbers anyway: only a total is a total.
+        totals, _ = _verdicts(text, _TOTAL_FORMS, 0, 100)
+        return parts, totals
+    totals, others = _verdicts(text, _BYSTANDER_FORMS, 0, 100)
+    return parts, totals | others if totals else set()
 
 
 # --- reading a JSON object -----------------------------------------------------------------------
 
 
 def _entry_readings(
-    entries: dict[str, Any], key: re.Pattern[str], lowest: int, highest: int
+    entries: list[tuple[str, Any]], key: re.Pattern[str], lowest: int, highest: int
 ) -> Readings:
-    """What an object states under such a key, in itself or in an object within."""
-    flat = []
-    for name, value in entries.items():
-        if isinstance(value, dict):
-            # {"objectivity": {"score": 18, "reason": …}}
-            flat += [(f"{name} {own}" if own == "score" else own, value[own]) for own in value]
-        else:
-            flat.append((name, value))
-    return {_json_number(value, lowest, highest) for name, value in flat if key.fullmatch(name)}
-
-
-def _json_number(value: Any, lowest: int, highest: int) -> int | None:
-    """The whole number that a value is, or spells."""
-    if isinstance(value, str):
-        match = _WHOLE.fullmatch(value.strip())
-        return _whole_number(match, lowest, highest) if match else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value // 1:
-        return None
-    return int(value) if lowest <= value <= highest else None
+    """What an object states under such a key."""
+    return {json_number(value, lowest, highest) for name, value in entries if key.fullmatch(name)}

@@ -130,6 +130,19 @@ class VerdictStore:
             row = self._database.execute(query, (key,)).fetchone()
         return None if row is None else _verdict(row)
 
+    def number(self, key: str) -> int:
+        """Of the verdict kept under a key: later ones have larger numbers. 0: there is none."""
+        with self._lock, _clear_errors(self.path):
+            query = "SELECT number FROM verdicts WHERE key = ?"
+            row = self._database.execute(query, (key,)).fetchone()
+        return 0 if row is None else row[0]
+
+    def newest(self) -> int:
+        """The number of the newest verdict. 0: there is none."""
+        with self._lock, _clear_errors(self.path):
+            query = "SELECT coalesce(max(number), 0) FROM verdicts"
+            return self._database.execute(query).fetchone()[0]
+
     def put(
         self,
         key: str,

@@ -1,5 +1,6 @@
 """Judges that fail: the step waits, asks again, and stops rather than train on what is left."""
 
+from collections import Counter
 from concurrent.futures import Future
 
 import pytest
@@ -26,7 +27,7 @@ class WithOneThatHasNothing(Ranks):
     """Two ranks, the other of which has scored 8 completions of its 8."""
 
     def gather(self, mine):
-        return [mine, (8, 0, {}) if isinstance(mine, tuple) else None]
+        return [mine, (8, 0, Counter()) if isinstance(mine, tuple) else None]
 
 
 class FlakyReward:
@@ -100,6 +101,24 @@ def test_at_the_end_of_patience_the_run_stops_and_says_which_judge_failed_how(
     assert pauses == [10, 20, 20], "the last pause ends with the patience"
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 3 and all(CAUSE in line for line in warnings)
+
+
+def test_even_without_patience_it_is_asked_once_more(pauses: list[float]) -> None:
+    """A run that was stopped finds the failures kept when it goes on; the judge may be back."""
+    reward = FlakyReward(missing=3, recovers_after=1)
+    assert finish(reward, patience_seconds=0) == list(range(8))
+    assert pauses == [0]
+
+
+def test_what_waiting_does_not_mend_is_asked_once_more_and_stops_the_run(
+    pauses: list[float],
+) -> None:
+    """A refused key half an hour later is a refused key."""
+    reward = FlakyReward(missing=3, recovers_after=99)
+    reward.may_pass = lambda cause: cause != CAUSE
+    with pytest.raises(RunStopped, match=CAUSE):
+        finish(reward)
+    assert pauses == [10]
 
 
 def test_the_share_is_that_of_all_ranks(pauses: list[float]) -> None:

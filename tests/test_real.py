@@ -167,6 +167,8 @@ def train(folder: str, address: str, output: Path) -> None:
         "judge.timeout_seconds": 600,
         # SmolLM2 as it comes hardly ever keeps to the form; so the judge is asked all the same.
         "perm.format_failure": "judge",
+        # Nor does it as a judge: most of its replies are cut off, which would stop the run.
+        "train.max_unscored": 1.0,
         "data.heldout_records": HELDOUT_RECORDS,
         "rollout.max_completion_tokens": 32,
         "grpo.group_size": GROUP_SIZE,
@@ -189,18 +191,13 @@ def parse(role: str, text: str) -> int | None:
 
 
 def check_verdict(role: str, score: float | None, reply: str, failure: str | None) -> None:
-    """A score is what the reply says, read whole or, if it was cut off, without its last word."""
-    whole = parse(role, reply)
-    last_word = max(reply.rfind(" "), reply.rfind("\n")) + 1
-    cut_off = parse(role, reply[:last_word])
+    """A score is what the reply says. One that was cut off has none, whatever it seems to say."""
     if score is not None:
-        assert failure is None and score in (whole, cut_off)
+        assert failure is None and score == parse(role, reply)
     elif failure == "unparsable":
-        assert whole is None
-    elif failure == "cut off":
-        assert cut_off is None
+        assert parse(role, reply) is None
     else:
-        assert failure and not reply
+        assert failure == "cut off" or (failure and not reply)
 
 
 def check_completion(completion: Completion) -> None:

@@ -408,7 +408,7 @@ def test_every_epoch_deals_each_record_once() -> None:
     for epoch in range(3):
         steps = [prompts_of_step(prompts, epoch * 3 + i, config) for i in range(3)]
         assert len(set(sum(steps, []))) == 9
-    assert prompts_of_step(prompts, 0, config) != train.prompts_of_step(prompts, 3, config)
+    assert prompts_of_step(prompts, 0, config) != prompts_of_step(prompts, 3, config)
 
 
 def test_the_bundled_heldout_records_are_never_trained_on() -> None:

@@ -149,7 +149,9 @@ def test_a_tokenizer_without_a_stop_token_of_its_own(policy):
 def test_prompts_are_those_of_training_by_reward(records, policy):
     """The warm start taught one way of cutting a prompt into tokens, training went on with another:
     nine prompts of ten began to look like none the policy had ever read."""
-    expected = make_prompts("data.train", train.with_messages(records), policy.tokenizer, train.RunConfig())
+    expected = make_prompts(
+        "data.train", train.with_messages(records), policy.tokenizer, train.RunConfig()
+    )
     encoded = [warm_start.encode_prompt(policy.tokenizer, record) for record in records]
     assert encoded == [prompt.token_ids for prompt in expected]
 

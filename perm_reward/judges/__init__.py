@@ -67,7 +67,7 @@ def make_judge(
 ) -> Judge:
     """The judges that the settings ask for, as one that answers for all four roles.
 
-    Nothing is contacted yet: that is what `check` does.
+    No endpoint is contacted yet: that is what `check` does. Local models are loaded.
 
     Args:
         seed: the run's; the marks around what is judged follow from it.
@@ -85,12 +85,11 @@ def make_judge(
     judges: dict[JudgeConfig, Judge] = {}  # equal settings, one judge
     endpoints: dict[tuple[str, str], Any] = {}  # and one limit for all calls to an endpoint
     for own in of_role.values():
-        # How often it is asked, and what that costs, does not make another judge.
-        same = _without_samples_and_prices(own)
+        same = _what_makes_a_judge(own)
         if same not in judges:
             judges[same] = _make_one(same, rubrics, seed, share, endpoints)
     return Panel(
-        judges={role: judges[_without_samples_and_prices(own)] for role, own in of_role.items()},
+        judges={role: judges[_what_makes_a_judge(own)] for role, own in of_role.items()},
         samples={role: own.samples for role, own in of_role.items()},
         prices={
             role: Prices(own.price_input, own.price_cached, own.price_output)
@@ -100,7 +99,10 @@ def make_judge(
     )
 
 
-def _without_samples_and_prices(config: JudgeConfig) -> JudgeConfig:
+def _what_makes_a_judge(config: JudgeConfig) -> JudgeConfig:
+    """Its settings, but for how often it is asked and what that costs."""
+    if config.kind == "local":
+        return JudgeConfig(kind="local", model=config.model)  # loaded once: nothing else counts
     plain = JudgeConfig()
     return replace(
         config,

@@ -6,15 +6,15 @@ import openai
 
 from perm_reward.judges.config import JudgeConfig
 from perm_reward.judges.connection import Connection
-from perm_reward.judges.faults import failure_words
+from perm_reward.judges.faults import HttpError, failure_words, is_too_long, server_words
 
 _SAMPLING_SETTINGS = ("temperature", "top_p", "max_tokens")
 
 
 def complaint(error: Exception, config: JudgeConfig, connection: Connection) -> str:
-    """The line for what a first, tiny call has met. It never holds the key."""
+    """The line for what a first call has met. It never holds the key."""
     url = f"judge.base_url = {connection.url}"
-    if isinstance(error, openai.APIStatusError):
+    if isinstance(error, HttpError):
         return _refusal(error, config, connection)
     if isinstance(error, openai.APITimeoutError):
         return (
@@ -29,8 +29,9 @@ def complaint(error: Exception, config: JudgeConfig, connection: Connection) -> 
     )
 
 
-def _refusal(error: openai.APIStatusError, config: JudgeConfig, connection: Connection) -> str:
-    status, words, url = error.status_code, _server_words(error, connection), connection.url
+def _refusal(error: HttpError, config: JudgeConfig, connection: Connection) -> str:
+    status, url = error.status_code, connection.url
+    words = connection.without_key(server_words(error))[:200]
     quoted = f"; the server says: {words}" if words else ""
     variable = f"judge.api_key_variable = {connection.key_variable}"
     if status in (401, 403):
@@ -44,6 +45,12 @@ def _refusal(error: openai.APIStatusError, config: JudgeConfig, connection: Conn
         return (
             f"{variable}: the rate limit or quota of this key is used up (http 429 from "
             f"{url}); wait, or use another key{quoted}"
+        )
+    if is_too_long(error):
+        return (
+            f"judge.model = {config.model}: its context at {url} is too short for a judge's prompt "
+            f"and a reply of judge.max_tokens = {config.max_tokens} (http {status}); serve it with "
+            f"a longer context, lower judge.max_tokens, or name another model{quoted}"
         )
     if status in (400, 422):
         for name in _SAMPLING_SETTINGS:
@@ -66,10 +73,3 @@ def _refusal(error: openai.APIStatusError, config: JudgeConfig, connection: Conn
         f"judge.base_url = {url}: the server refuses a request for judge.model = {config.model} "
         f"(http {status}); see its log, and whether it serves that model{quoted}"
     )
-
-
-def _server_words(error: openai.APIStatusError, connection: Connection) -> str:
-    """The server's message in one short line, without the key."""
-    body = error.body if isinstance(error.body, dict) else {}
-    words = body.get("message") or body.get("detail") or ""
-    return connection.without_key(" ".join(str(words).split()))[:200]

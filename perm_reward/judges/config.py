@@ -68,10 +68,10 @@ class JudgeConfig:
     """how often a call is tried again after a time-out, a lost connection, a reply that is no
     chat completion or http 5xx; a rate limit is waited out and not counted"""
     completion_seconds: float = 900.0
-    """seconds for all calls of a completion, from when the first is sent; what is missing then
-    is a failure"""
+    """seconds for all calls of a completion together, while any of them is out; waiting for a turn
+    or for a rate limit does not count; what is missing then is a failure"""
     concurrency: int = 64
-    """calls in flight at once at each endpoint, over all ranks together"""
+    """openai: calls in flight at once at each endpoint, over all ranks together"""
     price_input: float = 0.0
     """price of a million tokens of prompts; money is counted where prices are given"""
     price_cached: float | None = None

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import openai
 
 from perm_reward.judges import Traffic
-from perm_reward.judges.clock import call_begins
+from perm_reward.judges.clock import call_begins, call_rests
 from perm_reward.judges.connection import Connection
 from perm_reward.judges.faults import (
     GaveUp,
@@ -95,7 +95,9 @@ class Call:
     began: float = field(default_factory=lambda: asyncio.get_running_loop().time())
     _had_turns: int = 0
     _place: Literal["waiting", "in_flight", "failing", "done"] | None = None
+    _is_out: bool = False
     _begins: Callable[[], None] | None = field(default_factory=call_begins.get)
+    _rests: Callable[[], None] | None = field(default_factory=call_rests.get)
 
     def move(self, place: Literal["waiting", "in_flight", "failing", "done"]) -> None:
         """Be counted in another place of the traffic."""
@@ -103,13 +105,15 @@ class Call:
             if name is not None:
                 setattr(self.traffic, name, getattr(self.traffic, name) + change)
         self._place = place
+        is_out = place in ("in_flight", "failing")
+        tell = self._begins if is_out else self._rests
+        if is_out != self._is_out and tell is not None:
+            tell()
+        self._is_out = is_out
 
     def is_sent(self) -> None:
         """An attempt is on its way."""
         self.move("in_flight")
-        if self._begins is not None:
-            self._begins()
-            self._begins = None
 
     async def turn(self) -> Turn:
         """Wait for a turn at any endpoint: behind all others, or before them after a first one."""

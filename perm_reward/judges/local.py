@@ -4,15 +4,17 @@ It writes no reply. What it would write is read as a distribution over the score
 is its expectation: 3.42 where a reply would say 3 for this text and for a slightly better one. So a
 small model still ranks. The bystander's is the sum of the expectations of its five dimensions.
 
-Calls wait until the worker thread is free, which then takes what has come meanwhile and computes
-what their prompts have in common once (see token_tree.py). What shares a row changes a verdict by
-rounding only.
+A worker thread takes one call after the other, in the order in which they come, and computes each
+by itself behind what all prompts of its role begin with (see token_tree.py). Calls are not batched:
+what shares a batch changes the rounding, and in bfloat16 a verdict by hundredths, so it would hang
+on what happens to wait at that moment. So the same call gets the same verdict, to the bit.
 """
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -21,9 +23,9 @@ from typing import Any
 import torch
 
 from perm_reward.judges import JudgeConfig, Traffic
+from perm_reward.judges.clock import call_begins
 from perm_reward.judges.score_reader import load_score_reader
 from perm_reward.judges.score_tokens import Distribution, expectation, in_words
-from perm_reward.judges.token_tree import ROW_TOKENS, Tokens, plan_rows
 from perm_reward.prompts import Messages, Seeker, judge_messages
 from perm_reward.rubrics import RUBRICS, Rubric
 from perm_reward.verdict import Verdict
@@ -36,7 +38,7 @@ class LocalJudge:
     the default float type of the whole process for a moment.
 
     Args:
-        config: model is a hub name or folder; concurrency bounds the calls of a batch.
+        config: model is a hub name or folder; the other settings play no part.
         rubrics: what the judge is told, of all roles.
         seed: of the run; the marks around what is judged follow from it.
 
@@ -67,7 +69,7 @@ class LocalJudge:
 
     @property
     def traffic(self) -> Traffic:
-        """Where the calls are; those of the current batch are in flight."""
+        """Where the calls are; the one that is read is in flight."""
         return Traffic(waiting=self._waiting.qsize(), in_flight=self._in_flight, done=self._done)
 
     def asked(self, role: str, seeker: Seeker, judged_text: str) -> dict[str, Any]:
@@ -88,7 +90,7 @@ class LocalJudge:
         return await asyncio.wrap_future(call.verdict)
 
     async def close(self) -> None:
-        """End the worker thread, after the row that it is at. Calls that wait are cancelled."""
+        """End the worker thread, after the call that it is at. Calls that wait are cancelled."""
         self._closing.set()
         self._waiting.put(None)
         if self._worker.ident is not None:
@@ -100,66 +102,26 @@ class LocalJudge:
     # --- the worker thread ----------------------------------------------------------------------
 
     def _work(self) -> None:
-        calls: list[_Call] = []
-        try:
-            while not self._closing.is_set():
-                calls = self._next_calls()
-                rows = self._plan(calls)
-                self._in_flight = sum(map(len, rows))
-                self._done += len(calls) - self._in_flight
-                while rows and not self._closing.is_set():
-                    self._judge_row(rows.pop(0))
-        finally:
-            while not self._waiting.empty():
-                if (waiting := self._waiting.get()) is not None:
-                    calls.append(waiting)
-            for call in calls:
+        while (call := self._waiting.get()) is not None:
+            if self._closing.is_set():
                 call.verdict.cancel()
-            self._closed.set_result(None)
+            elif call.verdict.set_running_or_notify_cancel():  # False: nobody waits any more
+                self._in_flight = 1
+                call.tell_begin()
+                call.answer(self._judge(call))
+                self._in_flight = 0
+            self._done += 1
+        self._closed.set_result(None)
 
-    def _next_calls(self) -> list["_Call"]:
-        """Wait for a call, then take with it those that have come meanwhile. None: the end."""
-        calls: list[_Call] = []
-        while not calls or (len(calls) < self._config.concurrency and not self._waiting.empty()):
-            call = self._waiting.get()
-            if call is None:
-                break
-            calls.append(call)
-        return calls
-
-    def _plan(self, calls: list["_Call"]) -> list[list["_Call"]]:
-        """Rows of calls, those whose prompts begin alike together: so of one role and seeker.
-
-        A call that no model call could answer is answered here.
-        """
-        planned: list[_Call] = []
-        for call in calls:
-            try:
-                call.prompt = self._reader.prompt(call.messages)
-            except Exception as error:  # such as a text that cannot be encoded
-                call.answer(error)
-                continue
-            if self._reader.is_too_long(call.role, call.prompt):
-                call.answer(Verdict(call.role, None, "", failure="prompt too long"))
-            else:
-                planned.append(call)
-        own = [self._reader.own_tokens(call.role) for call in planned]
-        rows = plan_rows([call.prompt for call in planned], own, ROW_TOKENS)
-        return [[planned[i] for i in row] for row in rows]
-
-    def _judge_row(self, row: list["_Call"]) -> None:
-        calls = [call for call in row if not call.verdict.cancelled()]
-        outcomes: Sequence[Verdict | Exception]
+    def _judge(self, call: "_Call") -> Verdict | Exception:
         try:
-            read = self._reader.read([(call.role, call.prompt) for call in calls]) if calls else []
-            outcomes = [_verdict(call.role, r) for call, r in zip(calls, read, strict=True)]
+            prompt = self._reader.prompt(call.messages)
+            if self._reader.is_too_long(call.role, prompt):
+                return Verdict(call.role, None, "", failure="prompt too long")
+            return _verdict(call.role, self._reader.read(call.role, prompt))
         except Exception as error:
             # Its traceback would keep the row's tensors, and the memory may be what is missing.
-            outcomes = [error.with_traceback(None)] * len(calls)
-        self._in_flight -= len(row)
-        self._done += len(row)
-        for call, outcome in zip(calls, outcomes, strict=True):
-            call.answer(outcome)
+            return error.with_traceback(None)
 
 
 @dataclass(eq=False)
@@ -167,12 +129,17 @@ class _Call:
     role: str
     messages: Messages
     verdict: Future[Verdict] = field(default_factory=Future)
-    prompt: Tokens = ()
+    _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    _begins: Callable[[], None] | None = field(default_factory=call_begins.get)
+
+    def tell_begin(self) -> None:
+        """Start the clock of whoever waits, on their own thread."""
+        if self._begins is not None:
+            with suppress(RuntimeError):  # the loop has ended, and all waiting with it
+                self._loop.call_soon_threadsafe(self._begins)
 
     def answer(self, outcome: Verdict | Exception) -> None:
-        """Hand over what came of it, unless nobody waits any more."""
-        if not self.verdict.set_running_or_notify_cancel():
-            return
+        """Hand over what came of it."""
         if isinstance(outcome, Exception):
             self.verdict.set_exception(outcome)
         else:

@@ -8,14 +8,17 @@ import openai
 from perm_reward.judges import JudgeConfig, Traffic
 from perm_reward.judges.complaints import complaint
 from perm_reward.judges.endpoints import Call, Endpoint, ask
-from perm_reward.judges.faults import failure_words
+from perm_reward.judges.faults import ErrorAnswer, failure_words
 from perm_reward.judges.replies import Reply, read_reply, read_usage
-from perm_reward.judges.request_form import Form, FoundOut, requested
+from perm_reward.judges.request_form import FoundOut, requested
 from perm_reward.prompts import Messages, Seeker, judge_messages
 from perm_reward.rubrics import RUBRICS, Rubric
 from perm_reward.verdict import Verdict, parse_bystander, parse_score
 
-_TOKENS_OF_A_CHECK = 16
+# What a check has judged: short, and as good as any.
+_CHECKED_ROLE = "expression"
+_CHECKED_SEEKER = Seeker("A nurse", "Her night shift was cut without notice.", "I feel invisible.")
+_CHECKED_TEXT = "It hurts to be passed over like that. I am with you."
 
 
 class OpenAIJudge:
@@ -51,7 +54,7 @@ class OpenAIJudge:
         self._seed = seed
 
     async def judge(self, role: str, seeker: Seeker, judged_text: str) -> Verdict:
-        """Ask for one verdict. Failures: "timeout", "connection", "http 500", "unparsable"…"""
+        """Ask for one verdict. Failures: "timeout", "http 500", "cut off", "unparsable"…"""
         call = Call(self.endpoints, self.traffic)
 
         async def attempt(endpoint: Endpoint) -> Reply:
@@ -64,18 +67,19 @@ class OpenAIJudge:
             reply = await ask(call, attempt)
         except Exception as error:
             return Verdict(role, None, "", failure=failure_words(error), usage=call.usage)
-        parse = parse_bystander if role == "bystander" else parse_score
-        score = parse(reply.readable)
         # Only what is kept is cleared of the key: a short one may well be part of a score.
         words = self._without_keys(reply.text)
+        if reply.failure is not None:
+            return Verdict(role, None, words, reply.failure, call.usage)
+        parse = parse_bystander if role == "bystander" else parse_score
+        score = parse(reply.text)
         if score is not None:
             return Verdict(role, score, words, usage=call.usage)
-        unread = "unparsable" if words.strip() else "empty reply"
-        failure = "cut off" if reply.is_cut_off else unread
-        return Verdict(role, None, words, failure=failure, usage=call.usage)
+        failure = "unparsable" if words.strip() else "empty reply"
+        return Verdict(role, None, words, failure, call.usage)
 
     def asked(self, role: str, seeker: Seeker, judged_text: str) -> dict[str, Any]:
-        """All that determines a verdict, fit for JSON."""
+        """All that determines a verdict, fit for JSON, as far as the endpoint takes it."""
         return {
             "messages": self._messages(role, seeker, judged_text),
             "model": self.config.model,
@@ -90,7 +94,9 @@ class OpenAIJudge:
             await endpoint.close()
 
     def check(self) -> None:
-        """Ask each endpoint for one tiny reply.
+        """Ask each endpoint for one verdict, and keep what that tells of the form that it takes.
+
+        Whether the reply holds a score does not matter.
 
         Raises:
             ValueError: no server, a refused key, an unknown model or other refusal. One line.
@@ -108,38 +114,42 @@ class OpenAIJudge:
         self, endpoint: Endpoint, call: Call, role: str, messages: Messages
     ) -> Reply:
         """Ask in the form that the endpoint takes; the first call of all finds it out."""
-        found_out = endpoint.found_out.setdefault(self.config.model, FoundOut())
+        found_out = self._found_out(endpoint)
         async with found_out.by_one_call_first():
             form = found_out.form
             while True:
                 try:
                     body = await endpoint.send(call, requested(self.config, messages, form, role))
-                    break
-                except openai.APIStatusError as error:
+                    call.usage += read_usage(body)
+                    reply = read_reply(body)
+                    found_out.remember(form)
+                    return reply
+                except (openai.APIStatusError, ErrorAnswer) as error:
                     other_form = found_out.form_after(error, form)
                     if other_form is None:
                         raise
                     form = other_form
-            call.usage += read_usage(body)
-            reply = read_reply(body)
-            found_out.remember(form)
-            return reply
 
     def _check(self, endpoint: Endpoint) -> None:
-        messages = [{"role": "user", "content": "Reply with: Score: 3"}]
-        request = requested(self.config, messages, Form(schema=False))
-        request["max_tokens"] = min(_TOKENS_OF_A_CHECK, self.config.max_tokens)
+        """As `_attempt`, without an event loop: nothing runs yet."""
+        found_out = self._found_out(endpoint)
+        messages = self._messages(_CHECKED_ROLE, _CHECKED_SEEKER, _CHECKED_TEXT)
+        form = found_out.form
         with endpoint.connection.client_of_a_check() as client:
-            try:
-                body = client.post("/chat/completions", cast_to=object, body=request)
-            except openai.APIStatusError as error:
-                form = FoundOut().form_after(error, Form(schema=False))
-                if form is None:
-                    raise
-                # A model that thinks first needs its tokens, or it refuses to begin.
-                request = requested(self.config, messages, form)
-                body = client.post("/chat/completions", cast_to=object, body=request)
-        read_reply(body)
+            while True:
+                request = requested(self.config, messages, form, _CHECKED_ROLE)
+                try:
+                    read_reply(client.post("/chat/completions", cast_to=object, body=request))
+                    found_out.remember(form)
+                    return
+                except (openai.APIStatusError, ErrorAnswer) as error:
+                    other_form = found_out.form_after(error, form, times=2)
+                    if other_form is None:
+                        raise
+                    form = other_form
+
+    def _found_out(self, endpoint: Endpoint) -> FoundOut:
+        return endpoint.found_out.setdefault(self.config.model, FoundOut())
 
     def _messages(self, role: str, seeker: Seeker, judged_text: str) -> Messages:
         return judge_messages(role, seeker, judged_text, rubrics=self._rubrics, seed=self._seed)

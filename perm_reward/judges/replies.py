@@ -1,10 +1,14 @@
 """What an endpoint answers, which may be anything → a reply to read, and what it was charged."""
 
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from perm_reward.judges.faults import NoCompletion
+from perm_reward.judges.faults import ErrorAnswer, NoCompletion
 from perm_reward.verdict import Usage
+
+# What endpoints and proxies call it when max_tokens, or the context, ends a reply.
+_CUT_OFF = ("length", "max_tokens", "model_length")
 
 
 @dataclass(frozen=True)
@@ -12,35 +16,49 @@ class Reply:
     """What a model said."""
 
     text: str
-    is_cut_off: bool
-    """it ends where max_tokens ended it"""
-
-    @property
-    def readable(self) -> str:
-        """The part that a score may be read from.
-
-        The last word of a reply that was cut off may be half a number: "Total: 8" of "Total: 83".
-        """
-        if not self.is_cut_off:
-            return self.text
-        return self.text[: max(self.text.rfind(" "), self.text.rfind("\n")) + 1]
+    failure: Literal["cut off", "refused"] | None = None
+    """Why no score may be read from it. A reply that was cut off can be half a number ("Total: 8"
+    of "Total: 83") or half a thought ("First, a score of 5 means…"), whatever it looks like."""
 
 
 def read_reply(body: Any) -> Reply:
     """The first choice of a chat completion.
 
     Raises:
-        NoCompletion: it is none.
+        ErrorAnswer: it is an error, though the answer's status was 200.
+        NoCompletion: it is neither.
     """
+    _raise_error_in(body)
     try:
         choice = body["choices"][0]
-        text = choice["message"]["content"]
-        finish_reason = choice.get("finish_reason")
+        _raise_error_in(choice)
+        message = choice["message"]
+        text, refusal = message.get("content"), message.get("refusal")
+        finish_reason = str(choice.get("finish_reason")).lower()
     except (AttributeError, IndexError, KeyError, TypeError):
         raise NoCompletion from None
-    if text is not None and not isinstance(text, str):
+    if finish_reason == "error" or not all(isinstance(t, str | None) for t in (text, refusal)):
         raise NoCompletion
-    return Reply(text or "", is_cut_off=finish_reason == "length")
+    if refusal or finish_reason == "content_filter":
+        return Reply(text or refusal or "", failure="refused")
+    return Reply(text or "", failure="cut off" if finish_reason in _CUT_OFF else None)
+
+
+def _raise_error_in(part: Any) -> None:
+    error = part.get("error") if isinstance(part, dict) else None
+    if not error:
+        return
+    status = _status_of(error) if isinstance(error, dict) else None
+    raise NoCompletion if status is None else ErrorAnswer(status, error)
+
+
+def _status_of(error: dict[str, Any]) -> int | None:
+    """The http status that an error stands for: its code, be it a number or a word."""
+    code, kind = str(error.get("code")), str(error.get("type"))
+    if re.fullmatch("[45][0-9][0-9]", code):
+        return int(code)
+    is_limit = "insufficient_quota" in (code, kind) or "rate_limit" in code + kind
+    return 429 if is_limit else None
 
 
 def read_usage(body: Any) -> Usage:

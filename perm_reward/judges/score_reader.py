@@ -1,7 +1,7 @@
 """A causal language model that is not asked to write, but read: how probable is each score?"""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,12 +20,14 @@ from perm_reward.judges.score_tokens import (
 )
 from perm_reward.judges.token_tree import (
     NotPackable,
+    Prefix,
     Tokens,
-    lay_out,
+    common_length,
     next_token_logprobs,
+    read_prefix,
     refuse_unpackable,
 )
-from perm_reward.prompts import Messages
+from perm_reward.prompts import Messages, Seeker, judge_messages
 from perm_reward.rubrics import Rubric
 
 _SCORE = range(1, 6)
@@ -37,7 +39,7 @@ class UnusableTemplate(ValueError):
 
 
 class ScoreReader:
-    """Reads distributions over scores off a model, for many prompts in one packed row.
+    """Reads distributions over scores off a model: one prompt, one packed row. Not for two threads.
 
     Args:
         model: in the type and on the device on which it computes.
@@ -59,6 +61,8 @@ class ScoreReader:
         refuse_unpackable(model)
         self._model = model
         self._tokenizer = tokenizer
+        self._rubrics = rubrics
+        self._prefixes: dict[str, Prefix] = {}
         text = self._text([{"role": "system", "content": "A"}, {"role": "user", "content": "B"}])
         self._scales: dict[str, dict[str, ScoreTokens]] = {
             role: {
@@ -72,10 +76,6 @@ class ScoreReader:
         """The tokens of a chat, up to where the judge begins to write."""
         return tuple(self._encode(self._text(messages)))
 
-    def own_tokens(self, role: str) -> int:
-        """How many tokens of a row are one call's own, behind its prompt."""
-        return len(lay_out(self._places(role)).token_ids)
-
     def is_too_long(self, role: str, prompt: Tokens) -> bool:
         """Whether the model's positions, or its window, do not reach that far."""
         config = self._model.config.get_text_config()
@@ -83,30 +83,38 @@ class ScoreReader:
         reaches = [getattr(config, name, None) or sys.maxsize for name in names]
         return len(prompt) + max(map(len, self._places(role))) > min(reaches)
 
-    def read(self, calls: Sequence[tuple[str, Tokens]]) -> list[dict[str, Distribution]]:
-        """For each call, a role and its prompt, what the model would write behind each label.
+    def read(self, role: str, prompt: Tokens) -> dict[str, Distribution]:
+        """What the model would write behind each label of a role, after this prompt.
 
-        All calls are packed into one row: their number is the caller's to bound.
+        It is computed by itself, whatever else is asked, so the same prompt gives the same bits.
         """
-        sequences: list[Tokens] = []
-        wanted: list[Tokens] = []
-        for role, prompt in calls:
-            for scale in self._scales[role].values():
-                sequences += [prompt + place for place in scale.places]
-                wanted += scale.places.values()
+        scales = self._scales[role]
+        sequences = [prompt + place for place in self._places(role)]
+        wanted = [tokens for scale in scales.values() for tokens in scale.places.values()]
         logprobs = iter(
             dict(zip(tokens, values, strict=True))
             for tokens, values in zip(
-                wanted, next_token_logprobs(self._model, sequences, wanted), strict=True
+                wanted,
+                next_token_logprobs(self._model, sequences, wanted, self._prefix(role)),
+                strict=True,
             )
         )
-        return [
-            {
-                label: scale.distribution({place: next(logprobs) for place in scale.places})
-                for label, scale in self._scales[role].items()
-            }
-            for role, _ in calls
-        ]
+        return {
+            label: scale.distribution({place: next(logprobs) for place in scale.places})
+            for label, scale in scales.items()
+        }
+
+    def _prefix(self, role: str) -> Prefix:
+        """What all prompts of a role begin with, computed at its first call."""
+        if role not in self._prefixes:
+            one, other = (
+                judge_messages(role, Seeker(text, text, text), text, rubrics=self._rubrics)
+                for text in ("A", "B")
+            )
+            prompt = self.prompt(one)
+            shared = prompt[: common_length(prompt, self.prompt(other))]
+            self._prefixes[role] = read_prefix(self._model, shared)
+        return self._prefixes[role]
 
     def _places(self, role: str) -> list[Tokens]:
         return [place for scale in self._scales[role].values() for place in scale.places]

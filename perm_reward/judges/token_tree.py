@@ -8,6 +8,9 @@ its branch ends. So, for tokens i and j of the row:
     the position of i     =   its depth in the tree
 
 and every token sees what it would see in a row of its own: the same log-probs, up to rounding.
+
+What many rows begin with need not be in them: its keys and values are computed once and kept. It
+stands before the row, every token of the row sees all of it, and positions count from its end.
 """
 
 from collections.abc import Sequence
@@ -15,14 +18,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 Tokens = tuple[int, ...]
 
-ROW_TOKENS = 2048
-"""Tokens of a row at most. A longer one shares more, and its attention costs more than in
-proportion: on a CPU, SmolLM2-135M was a third slower with 4096, a fifth with 1024."""
-_LOGITS_AT_ONCE = 256
 # A packed row in bfloat16 differs from plain ones by about a hundredth of what another text would
 # change; a model that does not heed its mask or positions, by about as much as another text.
 _LARGEST_DIFFERENCE = 0.1
@@ -76,77 +75,99 @@ def common_length(one: Tokens, other: Tokens) -> int:
     return min(len(one), len(other))
 
 
-def plan_rows(prompts: Sequence[Tokens], own: Sequence[int], limit: int) -> list[list[int]]:
-    """Which prompts share a row, so that those that begin alike stand together.
+def tree_mask(ends: Tensor, prefix_length: int, dtype: torch.dtype) -> Tensor:
+    """ends [L] → [1, 1, L, P + L] (query, key): 0 where a token is seen, else -inf.
 
-    own: for each prompt the tokens of what follows it in the row. limit: the most tokens of a row;
-    a prompt that is longer by itself gets a row of its own. Returns indices of prompts, row by row.
+    prefix_length: P, the number of tokens before the row, which are seen by all.
     """
-    rows: list[list[int]] = []
-    room = 0
-    before: Tokens = ()
-    for which in sorted(range(len(prompts)), key=prompts.__getitem__):
-        prompt = prompts[which]
-        cost = len(prompt) - common_length(before, prompt) + own[which]
-        if not rows or cost > room:
-            rows.append([])
-            room, cost = limit, len(prompt) + own[which]
-        rows[-1].append(which)
-        room -= cost
-        before = prompt
-    return rows
-
-
-def tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """ends [L] → [1, 1, L, L] (query, key): 0 where a token is seen, else -inf."""
     place = torch.arange(len(ends), device=ends.device)
     is_seen = (place <= place[:, None]) & (place[:, None] < ends)
-    mask = torch.zeros(is_seen.shape, dtype=dtype, device=ends.device)
-    return mask.masked_fill_(~is_seen, float("-inf"))[None, None]
+    mask = torch.zeros(len(ends), prefix_length + len(ends), dtype=dtype, device=ends.device)
+    mask[:, prefix_length:].masked_fill_(~is_seen, float("-inf"))
+    return mask[None, None]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What rows begin with, and what is kept of it: layer by layer keys, values [1, H, P, D]."""
+
+    tokens: Tokens
+    keys_and_values: list[tuple[Tensor, Tensor]]
+
+
+NO_PREFIX = Prefix((), [])
 
 
 @torch.inference_mode()
-def next_token_logits(model: PreTrainedModel, sequences: Sequence[Tokens]) -> Tensor:
-    """The logits [N, V] of the token that follows each of N sequences, from one packed row."""
-    tree = lay_out(sequences)
+def read_prefix(model: PreTrainedModel, tokens: Tokens) -> Prefix:
+    """Compute what is kept of a prefix."""
+    if not tokens:
+        return NO_PREFIX
+    cache = DynamicCache()
+    _last_logits(model, lay_out([tokens]), cache, prefix_length=0)
+    return Prefix(tokens, [(keys, values) for keys, values, *_ in cache])
+
+
+@torch.inference_mode()
+def next_token_logits(
+    model: PreTrainedModel, sequences: Sequence[Tokens], prefix: Prefix = NO_PREFIX
+) -> Tensor:
+    """The logits [N, V] of the token that follows each of N sequences, from one packed row.
+
+    The row goes on from the prefix as far as all sequences begin with it, whatever that is.
+    """
+    # The last token of each is computed in any case: its logits are not kept.
+    length = min(common_length(prefix.tokens, tokens[:-1]) for tokens in sequences)
+    # A cache grows with what is computed, so each row gets its own.
+    cache = DynamicCache(
+        ddp_cache_data=[(k[:, :, :length], v[:, :, :length]) for k, v in prefix.keys_and_values]
+    )
+    rest = lay_out([tokens[length:] for tokens in sequences])
+    return _last_logits(model, rest, cache, length)
+
+
+def _last_logits(
+    model: PreTrainedModel, tree: TokenTree, cache: DynamicCache, prefix_length: int
+) -> Tensor:
+    """The logits [N, V] behind each sequence of a tree, which stands behind what is cached."""
     token_ids, positions, ends, last = (
         torch.tensor(values, device=model.device)
         for values in (tree.token_ids, tree.positions, tree.ends, tree.last)
     )
     output = model(
         input_ids=token_ids[None],
-        position_ids=positions[None],
-        attention_mask=tree_mask(ends, model.dtype),
+        position_ids=prefix_length + positions[None],
+        attention_mask=tree_mask(ends, prefix_length, model.dtype),
+        past_key_values=cache,
+        use_cache=True,
         logits_to_keep=last,
-        use_cache=False,
     )
     return output.logits[0]
 
 
 @torch.inference_mode()
 def next_token_logprobs(
-    model: PreTrainedModel, sequences: Sequence[Tokens], wanted: Sequence[Tokens]
+    model: PreTrainedModel,
+    sequences: Sequence[Tokens],
+    wanted: Sequence[Tokens],
+    prefix: Prefix = NO_PREFIX,
 ) -> list[list[float]]:
     """For each sequence the log-probs of some tokens to follow it, in at least float32.
 
     logprob of token t = logit of t − log Σ_v exp(logit of v)
     """
-    logits = next_token_logits(model, sequences)
+    logits = next_token_logits(model, sequences, prefix)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     width = max(map(len, wanted))
     filled = [[*tokens, *[0] * (width - len(tokens))] for tokens in wanted]
     columns = torch.tensor(filled, device=logits.device)
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    rows: list[list[float]] = []
-    for start in range(0, len(logits), _LOGITS_AT_ONCE):
-        chunk = slice(start, start + _LOGITS_AT_ONCE)
-        some = logits[chunk].to(exact)
-        rows += (some.gather(-1, columns[chunk]) - some.logsumexp(-1, keepdim=True)).tolist()
+    rows = (logits.gather(-1, columns) - logits.logsumexp(-1, keepdim=True)).tolist()
     return [row[: len(tokens)] for row, tokens in zip(rows, wanted, strict=True)]
 
 
 @torch.inference_mode()
 def refuse_unpackable(model: PreTrainedModel) -> None:
-    """Compare a packed row of a few random sequences with the model's plain way.
+    """Compare a packed row behind a prefix with the model's plain way, on a few random sequences.
 
     Raises NotPackable where they differ by more than rounding, or the model cannot be called so.
     """
@@ -169,11 +190,12 @@ def refuse_unpackable(model: PreTrainedModel) -> None:
         ]
     ).float()
     try:
-        packed = next_token_logits(model, sequences).float()
+        prefix = read_prefix(model, trunk[:7])
+        packed = next_token_logits(model, sequences, prefix).float()
         error = (packed - plain).square().mean().sqrt()
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as failure:
         cause = (str(failure).splitlines() or [""])[0]
-        raise NotPackable(f"it takes no mask or positions ({cause})") from failure
+        raise NotPackable(f"it takes no mask, positions or cache ({cause})") from failure
     by_text = (plain - plain.mean(0)).square().mean().sqrt()
     if not error <= _LARGEST_DIFFERENCE * by_text:
-        raise NotPackable("it does not keep to the mask and positions that it is given")
+        raise NotPackable("it does not keep to the mask, positions and cache that it is given")

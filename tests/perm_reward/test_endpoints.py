@@ -14,10 +14,11 @@ import openai
 import pytest
 
 from perm_reward.judges import Traffic
-from perm_reward.judges.clock import call_begins
+from perm_reward.judges.clock import call_begins, call_rests
 from perm_reward.judges.endpoints import Call, Endpoint, ask
 from perm_reward.judges.faults import GaveUp, NoCompletion, failure_words, retry_after
 from perm_reward.judges.pace import Health, Pace, growing, hashed_jitter
+from perm_reward.reward import _Clock
 from tests.perm_reward import virtual_time
 
 
@@ -391,6 +392,90 @@ def test_time_begins_with_the_first_attempt():
     firsts = [next(moment for moment, n in sent if n == number) for number in range(3)]
     assert sorted(began) == sorted(zip(firsts, range(3), strict=True))
     assert len(sent) == 6
+
+
+def test_a_call_rests_while_a_limit_passes_and_when_it_has_ended():
+    """A failure is no rest: it is tried again, at the completion's cost."""
+    errors = [http_error(500), http_error(429, retry_after="30"), http_error(500), None]
+    told = []
+
+    async def go():
+        calls = Calls([endpoint()], lambda where, number, attempt: (1.0, errors[attempt - 1]))
+        call_begins.set(lambda: told.append(("begins", now())))
+        call_rests.set(lambda: told.append(("rests", now())))
+        await calls.one(0)
+        return [moment for moment, _, _ in calls.sent]
+
+    sent = virtual_time.run(go())
+    assert [name for name, _ in told] == ["begins", "rests"] * 2
+    limited_at, ended_at = sent[1] + 1, sent[3] + 1
+    assert [moment for _, moment in told] == [0, limited_at, sent[2], ended_at]
+    assert sent[2] >= limited_at + 30
+
+
+def completion_of(seconds, answer, calls=4, **settings):
+    """What comes of a completion's calls, which may be out for so many seconds together."""
+
+    async def go():
+        clock = _Clock(seconds)
+        call_begins.set(clock.call_begins)
+        call_rests.set(clock.call_rests)
+        own = Calls([endpoint(**settings)], answer)
+        clock.tasks = [asyncio.create_task(own.one(number)) for number in range(calls)]
+        ends = await asyncio.gather(*clock.tasks, return_exceptions=True)
+        clock.stop()
+        own.check_all_is_over()
+        return ends, clock.has_rung, now()
+
+    return virtual_time.run(go())
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 4])
+def test_a_rate_limit_does_not_use_up_a_completions_time(concurrency):
+    """Each call is limited once, for 100 s; all of them together may take 20 s."""
+
+    def answer(where, number, attempt):
+        return 1.0, http_error(429, retry_after="100") if attempt == 1 else None
+
+    ends, has_rung, took = completion_of(20.0, answer, concurrency=concurrency)
+    assert (ends, has_rung) == ([0, 1, 2, 3], False)
+    assert took > 100
+
+
+def test_a_completions_time_is_up_once_calls_were_out_for_so_long():
+    """Limited after 1 s, for 100 s; then it hangs: 4 s are left of 5, though others have ended."""
+
+    def answer(where, number, attempt):
+        if number == 0:
+            return (1.0, http_error(429, retry_after="100")) if attempt == 1 else (1e6, None)
+        return 0.5, None
+
+    ends, has_rung, took = completion_of(5.0, answer)
+    assert isinstance(ends[0], asyncio.CancelledError) and ends[1:] == [1, 2, 3]
+    assert has_rung and took == pytest.approx(1 + 100 + 4, abs=0.01)
+
+
+def test_a_completions_time_runs_while_one_call_rests_and_another_hangs():
+    def answer(where, number, attempt):
+        return (1.0, http_error(429, retry_after="100")) if number == 0 else (1e6, None)
+
+    _, has_rung, took = completion_of(5.0, answer)
+    assert has_rung and took == 5.0
+
+
+def test_a_clock_that_is_stopped_does_not_start_again():
+    """A call that other completions wait for, too, may be sent again when this one has its end."""
+
+    async def go():
+        clock = _Clock(5.0)
+        clock.call_begins()
+        clock.stop()
+        clock.call_rests()
+        clock.call_begins()
+        await asyncio.sleep(10)
+        return clock.has_rung
+
+    assert virtual_time.run(go()) is False
 
 
 # --- rate limits ---------------------------------------------------------------------------------

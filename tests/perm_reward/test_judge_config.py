@@ -1,4 +1,6 @@
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,3 +150,15 @@ def test_more_processes_than_calls_in_flight_are_refused():
     config = JudgeConfig(kind="openai", base_url=URL, concurrency=3)
     with pytest.raises(ValueError, match="^judge.concurrency = 3: must be at least .* 4"):
         make_judge(config, share=(3, 4))
+
+
+def test_a_local_model_is_loaded_once_whatever_it_ignores(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "perm_reward.judges.local.LocalJudge",
+        lambda config, **how: made.append(config) or SimpleNamespace(label=config.model),
+    )
+    config = JudgeConfig(kind="local", model="a", reception=RoleConfig(temperature=1.0, samples=2))
+    make_judge(config)
+    make_judge(replace(config, bystander=RoleConfig(model="b")))
+    assert [one.model for one in made] == ["a", "a", "b"]

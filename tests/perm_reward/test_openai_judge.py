@@ -118,8 +118,9 @@ def test_failures_that_pass_are_tried_again(judge_server, status):
 
 @pytest.mark.parametrize(
     "status, attempts",
-    # A 400 or 404 may be a refusal of the JSON schema: it is asked once more, without one.
-    [(500, 3), (503, 3), (408, 3), (409, 3), (401, 1), (403, 1), (404, 2), (400, 2)],
+    # A 400 or 404 may be a refusal of the JSON schema: it is asked once more, without one. So is a
+    # 500, once it has come twice, but by the first attempt alone: it is no retry.
+    [(500, 3 + 2), (503, 3), (408, 3), (409, 3), (401, 1), (403, 1), (404, 2), (400, 2)],
 )
 def test_failures_that_stay_are_named(judge_server, status, attempts):
     judge_server.answer = lambda exchange: exchange.fail(status, "no")
@@ -203,22 +204,89 @@ def test_an_unparsable_reply_is_kept(judge_server):
     assert verdict.reply == "Nice.\nScore: 9"
 
 
+@pytest.mark.parametrize("finish_reason", ["length", "MAX_TOKENS", "model_length"])
 @pytest.mark.parametrize(
-    "role, reply, score",
+    "role, reply",
     [
-        ("bystander", "Total: 8", None),  # "Total: 83" was coming
-        ("expression", "Score: 4", None),  # so was "Score: 4/10"
-        ("expression", "It is tuned to", None),
-        ("expression", "", None),  # a reasoning model that never came to its reply
-        ("expression", "Score: 4\nThis is because the resp", 4),
-        ("bystander", "Total: 83\n", 83),
+        ("bystander", "Total: 8"),  # "Total: 83" was coming
+        ("expression", "Score: 4"),  # so was "Score: 4/10"
+        ("expression", ""),  # a reasoning model that never came to its reply
+        ("expression", "First, a score of 5 means exact. The reply is warm. Hmm, let me"),
+        ("expression", "Score: 4\nThis is because the resp"),
+        ("expression", '{"reason": "Warm.", "score": 4}'),
     ],
 )
-def test_a_reply_that_was_cut_off_is_read_without_its_last_word(judge_server, role, reply, score):
-    judge_server.answer = lambda exchange: exchange.say(reply, finish_reason="length")
+def test_a_reply_that_was_cut_off_is_no_verdict(judge_server, role, reply, finish_reason):
+    """A model that thinks aloud names scores long before it comes to its own."""
+    judge_server.answer = lambda exchange: exchange.say(reply, finish_reason=finish_reason)
     [verdict] = ask(config_for(judge_server), [role])
-    assert (verdict.score, verdict.reply) == (score, reply)
-    assert verdict.failure == ("cut off" if score is None else None)
+    assert (verdict.score, verdict.failure, verdict.reply) == (None, "cut off", reply)
+    assert len(judge_server.exchanges) == 1
+
+
+@pytest.mark.parametrize(
+    "content, refusal, finish_reason, reply",
+    [
+        (None, "I can't help with that.", "stop", "I can't help with that."),
+        ("Score: 4", "I can't help with that.", "stop", "Score: 4"),
+        ("Score: 4", None, "content_filter", "Score: 4"),
+        (None, None, "content_filter", ""),
+    ],
+)
+def test_a_refusal_is_no_verdict(judge_server, content, refusal, finish_reason, reply):
+    body = completion(content, finish_reason)
+    body["choices"][0]["message"]["refusal"] = refusal
+    judge_server.answer = lambda exchange: exchange.send(200, body)
+    [verdict] = ask(config_for(judge_server))
+    assert (verdict.score, verdict.failure, verdict.reply) == (None, "refused", reply)
+    assert len(judge_server.exchanges) == 1
+
+
+def in_the_answer(error):
+    """Such an error with http 200, beside a reply that must not be read."""
+    return {"id": "gen-1", "error": error} | completion("Score: 1", "stop")
+
+
+def in_the_choice(error):
+    body = completion("Score: 1", "error")
+    body["choices"][0]["error"] = error
+    return body
+
+
+@pytest.mark.parametrize("put", [in_the_answer, in_the_choice])
+@pytest.mark.parametrize(
+    "error, attempts, failure",
+    [
+        ({"code": 429, "message": "Provider returned error"}, 4, None),
+        ({"code": "rate_limit_exceeded", "message": "Slow down"}, 4, None),
+        ({"code": 502, "message": "Bad gateway"}, 3, "http 502"),
+        ({"code": "503", "message": "No provider"}, 3, "http 503"),
+        ({"message": "Something"}, 3, "malformed reply"),
+        ("Something", 3, "malformed reply"),
+        ({"code": 402, "message": "Credits"}, 1, "http 402"),
+        ({"code": 429, "type": "insufficient_quota"}, 1, "http 429"),
+        ({"code": 400, "message": "maximum context length is 8 tokens"}, 1, "prompt too long"),
+    ],
+)
+def test_an_error_with_http_200_is_treated_by_its_code(judge_server, put, error, attempts, failure):
+    """Proxies have often sent their status when the error occurs. A limit is no retry."""
+
+    def answer(exchange):
+        if exchange.number <= 3:
+            exchange.send(200, put(error))
+        else:
+            exchange.say("Score: 4")
+
+    judge_server.answer = answer
+    [verdict] = ask(config_for(judge_server, max_retries=2))
+    assert (verdict.score, verdict.failure) == (4 if failure is None else None, failure)
+    assert len(judge_server.exchanges) == attempts
+
+
+def test_a_reply_beside_an_error_that_is_none_is_read(judge_server):
+    body = completion("Score: 4", "stop") | {"error": None}
+    judge_server.answer = lambda exchange: exchange.send(200, body)
+    assert ask(config_for(judge_server))[0].score == 4
 
 
 def test_four_calls_are_in_flight_together(judge_server):
@@ -415,7 +483,7 @@ def test_an_accepted_schema_stays(judge_server):
         await judge.close()
         return [verdict.failure for verdict in verdicts]
 
-    assert asyncio.run(ask_three()) == [None, "http 400", None]
+    assert asyncio.run(ask_three()) == [None, "prompt too long", None]
     assert ["response_format" in exchange.body for exchange in judge_server.exchanges] == [True] * 3
 
 
@@ -424,7 +492,7 @@ def test_a_refusal_that_says_nothing_of_the_form_is_not_remembered(judge_server)
 
     def answer(exchange):
         if exchange.number <= 2:
-            exchange.fail(400, "context length exceeded")
+            exchange.fail(400, "This text will not do")
         else:
             exchange.say("Score: 4")
 
@@ -438,6 +506,14 @@ def test_a_refusal_that_says_nothing_of_the_form_is_not_remembered(judge_server)
 
     assert asyncio.run(ask_two()) == ["http 400", None]
     assert ["response_format" in e.body for e in judge_server.exchanges] == [True, False, True]
+
+
+def test_a_prompt_that_is_too_long_is_asked_for_once(judge_server):
+    """The words of servers for it name max_tokens, which has nothing to do with the form."""
+    said = "'max_tokens' is too large: 99. This model's maximum context length is 8 tokens"
+    judge_server.answer = lambda exchange: exchange.fail(400, said)
+    [verdict] = ask(config_for(judge_server))
+    assert (verdict.failure, len(judge_server.exchanges)) == ("prompt too long", 1)
 
 
 def test_when_the_first_call_finds_out_nothing_the_others_go_on(judge_server):
@@ -490,6 +566,172 @@ def test_another_name_and_no_schema(judge_server):
     verdicts = ask(config_for(judge_server), ["expression"] * 3)
     assert [verdict.score for verdict in verdicts] == [4] * 3
     assert len(judge_server.exchanges) == 2 + 3
+
+
+def refusing(*parts):
+    """An endpoint that refuses parts of requests: (whether a body holds it, how it is refused)."""
+
+    def answer(exchange):
+        for is_held, body in parts:
+            if is_held(exchange.body):
+                return exchange.send(400, body)
+        exchange.say('{"reason": "Warm.", "score": 4}')
+
+    return answer
+
+
+def holds(name):
+    return lambda body: name in body
+
+
+def has_system(body):
+    return [message["role"] for message in body["messages"]] != ["user"]
+
+
+O1_TEMPERATURE = {
+    "error": {
+        "message": "Unsupported value: 'temperature' does not support 0.3 with this model. "
+        "Only the default (1) value is supported.",
+        "param": "temperature",
+    }
+}
+O1_TOP_P = {
+    "error": {"message": "Unsupported parameter: 'top_p' is not supported.", "param": "top_p"}
+}
+O1_LIMIT = {"error": {"message": MAX_TOKENS_REFUSED, "param": "max_tokens"}}
+FASTAPI_TOP_P = {
+    "detail": [
+        {
+            "loc": ["body", "top_p"],
+            "msg": "Extra inputs are not permitted",
+            "input": {"temperature": 0.3, "response_format": {}},
+        }
+    ]
+}
+BEHIND_A_PROXY = {
+    "error": {"message": "Provider returned error", "metadata": {"raw": json.dumps(O1_TEMPERATURE)}}
+}
+OLLAMA_TEMPERATURE = {"error": "temperature is not supported by this model"}
+GEMMA_SYSTEM = {"object": "error", "message": "System role not supported", "code": 400}
+MISTRAL_SYSTEM = {"message": "Conversation roles must alternate user/assistant/user/assistant/..."}
+O1_SYSTEM = {
+    "error": {
+        "message": "'messages[0].role' does not support 'system'",
+        "param": "messages[0].role",
+    }
+}
+
+
+@pytest.mark.parametrize(
+    "refusals, left_out",
+    [
+        ([(holds("temperature"), O1_TEMPERATURE)], {"temperature"}),
+        ([(holds("top_p"), O1_TOP_P)], {"top_p"}),
+        ([(holds("top_p"), FASTAPI_TOP_P)], {"top_p"}),
+        ([(holds("temperature"), BEHIND_A_PROXY)], {"temperature"}),
+        ([(holds("temperature"), OLLAMA_TEMPERATURE)], {"temperature"}),
+        (
+            [
+                (holds("max_tokens"), O1_LIMIT),
+                (holds("temperature"), O1_TEMPERATURE),
+                (holds("top_p"), O1_TOP_P),
+            ],
+            {"max_tokens", "temperature", "top_p"},
+        ),
+        ([(has_system, GEMMA_SYSTEM)], {"system"}),
+        ([(has_system, MISTRAL_SYSTEM)], {"system"}),
+        (
+            [(has_system, O1_SYSTEM), (holds("temperature"), O1_TEMPERATURE)],
+            {"system", "temperature"},
+        ),
+        ([(holds("response_format"), {"error": {"message": "Bad request"}})], {"response_format"}),
+        (
+            [
+                (holds("temperature"), O1_TEMPERATURE),
+                (holds("response_format"), {"error": {"message": "Bad request"}}),
+            ],
+            {"temperature", "response_format"},
+        ),
+    ],
+)
+def test_only_what_is_refused_is_left_out_and_found_out_once(judge_server, refusals, left_out):
+    """One request for each refusal, then one for each verdict; and `check` finds out as much."""
+    judge_server.answer = refusing(*refusals)
+    verdicts = ask(config_for(judge_server, max_tokens=99), ["expression"] * 4)
+    assert [verdict.score for verdict in verdicts] == [4] * 4
+    assert len(judge_server.exchanges) == len(refusals) + 4
+    system, user = judge_messages("expression", ANNA, "I hear you.")
+    whole = {
+        "messages": [system, user],
+        "temperature": 0.3,
+        "top_p": 0.9,
+        "max_tokens": 99,
+        "response_format": judge_server.exchanges[0].body["response_format"],
+    }
+    expected = {"model": "tiny"}
+    expected |= {name: value for name, value in whole.items() if name not in left_out}
+    if "max_tokens" in left_out:
+        expected["max_completion_tokens"] = 99
+    if "system" in left_out:
+        text = f"{system['content']}\n\n{user['content']}"
+        expected["messages"] = [{"role": "user", "content": text}]
+    assert [e.body for e in judge_server.exchanges[len(refusals) :]] == [expected] * 4
+
+    judge_server.exchanges.clear()
+    judge = OpenAIJudge(config_for(judge_server, max_tokens=99))
+    judge.check()
+    assert len(judge_server.exchanges) == len(refusals) + 1
+    assert asyncio.run(judge.judge("expression", ANNA, "I hear you.")).score == 4
+    assert judge_server.exchanges[-1].body == expected
+    assert len(judge_server.exchanges) == len(refusals) + 2
+
+
+def test_a_value_that_is_out_of_range_is_not_left_out(judge_server):
+    """The settings ask for it: to sample otherwise without a word would be worse than to stop."""
+    said = "Invalid 'temperature': decimal above maximum value. Expected a value <= 2, but got 3."
+    judge_server.answer = refusing(
+        (lambda body: body.get("temperature", 0) > 2, {"error": {"message": said}})
+    )
+    config = config_for(judge_server, temperature=3)
+    assert complaint(config).startswith("judge.temperature = 3: tiny at ")
+    assert ask(config)[0].failure == "http 400"
+    assert len(judge_server.exchanges) == 2
+
+
+def crashing_over_schemas(exchange):
+    if "response_format" in exchange.body:
+        exchange.fail(500, "Internal Server Error")
+    else:
+        exchange.say("Score: 4")
+
+
+def test_a_server_that_crashes_over_a_schema_is_found_out_by_one_call(judge_server):
+    judge_server.answer = crashing_over_schemas
+    verdicts = ask(config_for(judge_server, max_retries=0), ["expression"] * 4)
+    assert [verdict.score for verdict in verdicts] == [4] * 4
+    asked = ["response_format" in exchange.body for exchange in judge_server.exchanges]
+    assert asked == [True] * 2 + [False] * 4
+
+
+def test_check_of_a_server_that_crashes_over_a_schema(judge_server):
+    judge_server.answer = crashing_over_schemas
+    judge = OpenAIJudge(config_for(judge_server, max_retries=0))
+    judge.check()
+    assert asyncio.run(judge.judge("expression", ANNA, "I hear you.")).score == 4
+    asked = ["response_format" in exchange.body for exchange in judge_server.exchanges]
+    assert asked == [True] * 2 + [False] * 2
+
+
+def test_one_crash_is_not_blamed_on_the_schema(judge_server):
+    def answer(exchange):
+        if exchange.number == 1:
+            exchange.fail(500, "Internal Server Error")
+        else:
+            exchange.say("Score: 4")
+
+    judge_server.answer = answer
+    assert ask(config_for(judge_server, max_retries=0))[0].score == 4
+    assert ["response_format" in e.body for e in judge_server.exchanges] == [True, True]
 
 
 # --- what it cost --------------------------------------------------------------------------------
@@ -599,16 +841,20 @@ def complaint(config):
     return str(caught.value)
 
 
-def test_check_passes_with_one_tiny_call(judge_server):
+def test_check_sends_what_the_run_will_send(judge_server):
     judge_server.answer = lambda exchange: exchange.say("Hello!")
-    OpenAIJudge(config_for(judge_server, max_tokens=1000)).check()
-    [exchange] = judge_server.exchanges
-    assert exchange.body["max_tokens"] <= 16
-    assert exchange.body["temperature"] == 0.3 and exchange.body["top_p"] == 0.9
+    judge = OpenAIJudge(config_for(judge_server, max_tokens=1000))
+    judge.check()
+    asyncio.run(judge.judge("expression", ANNA, "I hear you."))
+    [checked, real] = [exchange.body for exchange in judge_server.exchanges]
+    system, user = checked.pop("messages")
+    assert [system, real.pop("messages")[0]] == judge_messages("expression", ANNA, "")[:1] * 2
+    assert user["role"] == "user" and "The response to judge" in user["content"]
+    assert checked == real and real["max_tokens"] == 1000 and "response_format" in real
 
 
-def test_check_passes_a_model_that_thinks_before_it_speaks(judge_server):
-    """Sixteen tokens of reasoning leave no reply, which says nothing about whether it works."""
+def test_check_passes_a_model_that_says_too_much(judge_server):
+    """One reply that was cut off does not say that others will be."""
     judge_server.answer = lambda exchange: exchange.say(None, finish_reason="length")
     OpenAIJudge(config_for(judge_server)).check()
 
@@ -674,13 +920,46 @@ def test_check_of_a_page_that_is_no_endpoint(judge_server):
     assert "what answers there is no chat completion (malformed reply)" in message
 
 
-@pytest.mark.parametrize("status, setting", [(429, "api_key_variable"), (500, "base_url")])
+@pytest.mark.parametrize("status, setting", [(429, "api_key_variable"), (503, "base_url")])
 def test_check_of_a_server_in_trouble(judge_server, status, setting):
     judge_server.answer = lambda exchange: exchange.fail(status, "Out of luck")
     message = complaint(config_for(judge_server))
     assert message.startswith(f"judge.{setting} = ") and f"http {status}" in message
     assert message.endswith("the server says: Out of luck")
     assert len(judge_server.exchanges) == 2, "one retry, so that a hiccup does not stop a run"
+
+
+@pytest.mark.parametrize(
+    "status, body",
+    [
+        (400, {"error": {"message": "no", "param": "messages", "code": "context_length_exceeded"}}),
+        (
+            400,
+            {
+                "object": "error",
+                "message": "This model's maximum context length is 512 tokens. However, you "
+                "requested 1700 tokens (700 in the messages, 1000 in the completion).",
+            },
+        ),
+        (400, {"error": {"message": "the request exceeds the available context size"}}),
+        (200, {"error": {"code": 400, "message": "prompt is too long: 1700 tokens > 512"}}),
+    ],
+)
+def test_check_of_a_model_whose_context_is_too_short(judge_server, status, body):
+    judge_server.answer = lambda exchange: exchange.send(status, body)
+    message = complaint(config_for(judge_server, max_tokens=1000))
+    assert message.startswith(f"judge.model = tiny: its context at {judge_server.url} is too short")
+    assert "judge.max_tokens = 1000 (http 400); serve it with a longer context, lower" in message
+    assert len(judge_server.exchanges) == 1
+
+
+@pytest.mark.parametrize("code, setting", [(429, "api_key_variable"), (502, "base_url")])
+def test_check_of_a_proxy_that_answers_with_an_error(judge_server, code, setting):
+    error = {"code": code, "message": "Provider returned error"}
+    judge_server.answer = lambda exchange: exchange.send(200, {"error": error})
+    message = complaint(config_for(judge_server))
+    assert message.startswith(f"judge.{setting} = ") and f"http {code}" in message
+    assert message.endswith("the server says: Provider returned error")
 
 
 def test_check_of_a_model_that_thinks_first(judge_server):

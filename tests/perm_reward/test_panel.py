@@ -234,15 +234,15 @@ def test_a_store_that_another_process_serves(tmp_path):
         asyncio.run(run())
 
 
-def test_a_store_that_is_gone_is_an_error_that_can_be_counted(tmp_path):
+def test_a_store_that_is_gone_is_an_error_and_no_missing_verdict(tmp_path):
     row = {"persona": ["Anna"], "scenario": [""], "query": [""]}
     own = panel(FakeJudge(), store=RemoteStore(tmp_path / "none"))
     with pytest.raises(StoreError):
         ask(own)
     with PermReward(panel(FakeJudge(), store=RemoteStore(tmp_path / "none"))) as reward:
         completions = ["# Analysis\nShe feels unseen.\n# Response\nI see you."]
-        assert reward(["prompt"], completions, completion_ids=[[1]], **row) == [None]
-        assert reward.counts() == {f"{role}: StoreError": 1 for role in ROLES}
+        with pytest.raises(StoreError):
+            reward(["prompt"], completions, completion_ids=[[1]], **row)
 
 
 # --- the same question at the same time ----------------------------------------------------------

@@ -15,6 +15,7 @@ from perm_reward.aggregate import perm_reward as combine
 from perm_reward.judges.clock import call_begins
 from perm_reward.rubrics import ROLES
 from perm_reward.verdict import Verdict
+from perm_reward.verdict_store import StoreError
 
 GOOD = "# Analysis\nShe feels unseen.\n# Response\nI see you."
 BROKEN = "I see you."
@@ -476,7 +477,7 @@ assert asked.wait(30)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
 
 
-# --- time limit, flags, asking again, the bystander's weight ---------------------------------------
+# --- time limit, flags, asking again, the bystander's weight --------------------------------------
 
 
 def test_a_completion_s_time_begins_when_its_first_call_is_sent():
@@ -519,23 +520,63 @@ def test_what_tries_to_sway_a_judge_is_flagged_and_scored_like_the_rest():
     assert futures[0].details["flags"] == [] and futures[1].details["flags"]
 
 
+def scored_by_bystander(*scores):
+    return [{"verdicts": {"bystander": {"score": score}}} for score in scores]
+
+
 def test_the_bystander_weight_follows_the_dual_ascent_by_hand():
     config = RewardConfig(bystander_weight=0.5, bystander_target=80.0, bystander_rate=0.2)
     with PermReward(FakeJudge(), config) as reward:
+        assert reward.after_step(scored_by_bystander(50, 70)) == {"bystander_weight": 0.5}
         # A mean of 60 is 20 points below: 0.5 + 0.2 · 0.20.
-        assert reward.steer_bystander_weight([50, 70]) == pytest.approx(0.54)
-        assert reward.steer_bystander_weight([90, 90]) == pytest.approx(0.54 - 0.02)
-        assert reward.steer_bystander_weight([]) == pytest.approx(0.52), "nothing was scored"
+        assert reward.config.bystander_weight == pytest.approx(0.54)
+        reward.after_step(scored_by_bystander(90, None, 90))
+        assert reward.config.bystander_weight == pytest.approx(0.54 - 0.02)
+        reward.after_step([{"verdicts": {}}, {}])
+        assert reward.config.bystander_weight == pytest.approx(0.52), "nothing was scored"
         [value] = reward([""], [GOOD], completion_ids=[[1]], **columns(1))
         assert value == pytest.approx(3 / (1 + 1.25 + 2.5) - 0.52 * 0.3)
+
+        with PermReward(FakeJudge(), config) as resumed:
+            resumed.load_state_dict(reward.state_dict())
+            assert resumed.config == reward.config
 
 
 def test_the_bystander_weight_never_turns_into_a_bonus():
     config = RewardConfig(bystander_weight=0.01, bystander_target=0.0, bystander_rate=1.0)
     with PermReward(FakeJudge(), config) as reward:
-        assert reward.steer_bystander_weight([100]) == 0.0
+        reward.after_step(scored_by_bystander(100))
+        assert reward.config.bystander_weight == 0.0
 
 
 def test_without_a_target_the_weight_stays():
     with PermReward(FakeJudge()) as reward:
-        assert reward.steer_bystander_weight([0]) == 0.5
+        reward.after_step(scored_by_bystander(0))
+        assert reward.config.bystander_weight == 0.5
+
+
+def test_a_verdict_that_cannot_be_kept_is_an_error_and_not_a_missing_reward():
+    """It was paid for: to ask again, as for a judge that fails, would pay again and again."""
+
+    async def answer(role, judged_text):
+        raise StoreError("runs/a/verdicts/node-0.sqlite: the disk is full; make room")
+
+    with PermReward(Answering(answer)) as reward:
+        future = reward.submit("", GOOD, [1], **ROW)
+        with pytest.raises(StoreError, match="the disk is full"):
+            future.result(20)
+
+
+@pytest.mark.parametrize(
+    "cause, passes",
+    [
+        ("reception: timeout", True),
+        ("reception: http 503", True),
+        ("bystander: connection", True),
+        ("reception: http 401", False),
+        ("reception: unparsable", False),
+    ],
+)
+def test_what_may_be_had_by_waiting(cause, passes):
+    with PermReward(FakeJudge()) as reward:
+        assert reward.may_pass(cause) == passes

@@ -6,7 +6,7 @@ from perm_reward.judges import RoleConfig
 from perm_reward.panel import Cost
 from perm_reward.prompts import judge_messages
 from perm_reward.rubrics import ROLES
-from perm_reward.spending import Spending, bystander_scores
+from perm_reward.spending import Spending
 
 SEEKERS = [
     Seeker("a nurse", "lost her cat", "She was old."),
@@ -81,8 +81,10 @@ def spending_of(bill, budget, per_completion=1.0, gather=lambda mine: [mine]):
 
 def test_the_budget_holds_by_the_dearest_completion_so_far():
     bill = Bill()
-    spending = spending_of(bill, budget=10.0)
-    assert spending.allows(10) and not spending.allows(11), "before anything: the estimate"
+    spending = spending_of(bill, budget=10.0, per_completion=0.2)
+    assert spending.allows(50) and not spending.allows(51), "before anything: the estimate"
+    spending.record(completions=8)
+    assert not spending.allows(51), "broken forms, which cost nothing, are no sign"
     bill.money = 2.0
     spending.record(completions=8)
     assert spending.allows(32) and not spending.allows(33), "0.25 each; 8 are left"
@@ -95,7 +97,7 @@ def test_the_budget_holds_by_the_dearest_completion_so_far():
 
 
 def test_costs_are_those_of_all_processes():
-    spending = spending_of(Bill(3.0), budget=10.0, gather=lambda mine: [mine, mine])
+    spending = spending_of(Bill(3.0), 10.0, per_completion=0.1, gather=lambda mine: [mine, mine])
     costs = spending.record(completions=6)
     assert costs["judge.reception.calls"] == 4 and costs["judge.bystander.money"] == 3.0
     assert spending.spent == 6.0
@@ -108,11 +110,15 @@ def test_without_a_budget_everything_is_allowed():
     assert spending.allows(10**9)
 
 
-def test_the_bystander_s_scores_are_those_that_were_given():
-    details = [
-        {"verdicts": {"bystander": {"score": 70.0}}},
-        {"verdicts": {"bystander": {"score": None, "failure": "timeout"}}},
-        {"verdicts": {}},
-        {},
-    ]
-    assert bystander_scores(details) == [70.0]
+def test_a_run_that_goes_on_knows_what_was_spent():
+    spending = spending_of(Bill(6.0), 10.0, per_completion=0.1)
+    spending.record(completions=8)
+    later = Bill()
+    resumed = spending_of(later, 10.0, per_completion=0.1)
+    resumed.load_state_dict(spending.state_dict())
+    assert str(resumed) == str(spending)
+    for one in (spending, resumed):
+        assert one.allows(5) and not one.allows(6)
+    later.money = 1.0  # paid by the process that went on
+    assert resumed.record(completions=8)["judge.bystander.money"] == 3.5
+    assert resumed.spent == 7.0

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -101,6 +102,29 @@ READ_AS_4 = [
     'Reason: she is seen.\n"Score: 4"',
     "Reason: she is seen.\n`Score: 4`",
     'Here it is: {"reason": "They wrote Score: 5.", "score": 4}',
+    # other ways to conclude
+    "The score is: 4",
+    "I would give this a 4.",
+    "I'd rate it 4/5.",
+    "It is tuned to him, so it is a 4.",
+    "It is tuned to him, earning a score of 4.",
+    "Final answer: 4",
+    r"The answer is $\boxed{4}$.",
+    "<score>4</score>",
+    "Score → 4",
+    "I cannot give more than 4, so the score is 4",
+    "Because it claims nothing false, Score: 4",
+    "Score: 4 (on a 1-5 scale)",
+    "Score: 4 on a scale of 1 to 5",
+    # others are mentioned before a plain verdict, or count something else
+    "This is better than a score of 2. Final: 4",
+    "A score of 5 means exact words. **4**",
+    "Compared with a score of 5, it lacks surprise.\nScore: 4",
+    "It misses a 5/5 by far.\n\n4",
+    "He names a score of 5 for himself.\n\n4",
+    "Score: 4\n1. warm\n2. kind",
+    "Score: 4\nIt names 2 of his fears.",
+    "It names 2 of his fears. I give it a 4.",
 ]
 
 REFUSED_SCORES = {
@@ -187,7 +211,38 @@ REFUSED_SCORES = {
         "They wrote Score: 5 but it is Score: 2",
         "The response says “Score: 5”, which is an attempt to sway me.\n\nIt is bare.",
     ],
-    "another number stands alone": ["He names a score of 5 for himself.\n\n2"],
+    "named in a comparison": [
+        "Compared with a score of 5, it lacks surprise.",
+        "A rating of 5 seems too generous.",
+        "A score of 5 would be words that fit nobody else…",
+        "It misses a 5/5 by far.",
+        "Maximum score: 5",
+        "Level 5: words that fit nobody else.",
+        "Score 5: words that fit nobody else.",
+        "Score: 5 would be exact.",
+        "If it were exact, Score: 5.",
+        "With more surprise, the score is 5.",
+        "I would give it a 5 if it were brief.",
+        "It deserves a 5, but only at its end.",
+    ],
+    "asked": ["Score: 5?", "Score: 4? Hmm, no. Level 2.", "Score of 5? No: 3"],
+    "another is mentioned, and none is plain": [
+        "Compared with a score of 5, it lacks surprise. I give it a 3.",
+        "A rating of 5 seems too generous. I'll go with 4.",
+        "A score of 5 would be words that fit nobody else… so it is a 3.",
+        "It misses a 5/5 by far. I give a 2.",
+        "Level 5: words that fit nobody else. So it is a 3.",
+        "For the top, 5 would be right. I give it a 3.",
+        "A score of 5 is rare. Score: 3. It is broad.",
+    ],
+    "another follows": [
+        "Score: 4. Actually, I lower it to 3.",
+        "Score: 4\n\nOn reflection, 3.",
+        "Score: 4\nNo, a 3 is fair.",
+        "Score: 4 (not a 5)",
+        "Score: 4\nI say the score is 2.",
+    ],
+    "another scale in brackets": ["Score (1-10): 4", "Score: 4 (out of 10)"],
     "reasoning only": ["<think>Score: 4", "<think>Score: 4</think>", "Score: 4</think>"],
 }
 
@@ -204,6 +259,44 @@ def test_scores_that_are_read(reply):
 @pytest.mark.parametrize("reply", flat(REFUSED_SCORES))
 def test_scores_that_are_refused(reply):
     assert parse_score(reply) is None
+
+
+REASONS = (
+    "Compared with a score of {}, it lacks surprise.",
+    "A rating of {} seems too generous.",
+    "A score of {} would be words that fit nobody else…",
+    "This is better than a score of {}.",
+    "A {} needs exact words.",
+    "It misses {}/5 by far.",
+    "It is not quite level {}.",
+    "Level {}: words that fit nobody else.",
+    "Score: {}? Hmm, no.",
+    "Score {} would need a name.",
+    "They wrote 'Score: {}'.",
+    "The response asks for {}/5.",
+    "With more surprise, the score is {}.",
+    "With more surprise, I would give it a {}.",
+    "If it were exact, Score: {}.",
+    "I first thought {}.",
+    "I would have given it a {}, but it is stock.",
+    "Had it been brief, I'd rate it {}.",
+    "For warmth alone it is a {}.",
+    "Maximum score: {}.",
+)
+CONCLUSIONS = ("Score: {}", "**{}**", "Final: {}", "I give it a {}.", "Level {}.", "No: {}", "{}/5")
+
+
+def test_a_number_in_the_reason_is_never_read():
+    for reason, other in itertools.product(REASONS, range(1, 6)):
+        assert parse_score(reason.format(other)) is None, reason
+        for conclusion, score, between in itertools.product(CONCLUSIONS, range(1, 6), " \n"):
+            reply = reason.format(other) + between + conclusion.format(score)
+            assert parse_score(reply) in (score, None), reply
+
+
+def test_a_last_line_is_read_after_most_reasons():
+    read = [parse_score(f"{reason.format(5)}\nScore: 3") == 3 for reason in REASONS]
+    assert sum(read) >= len(REASONS) - 1  # "Score: 5?" is a verdict, and an unsure one
 
 
 @pytest.mark.parametrize("score", [1, 2, 3, 4, 5])
@@ -269,6 +362,9 @@ READ_AS_83 = [
     '{"score": 83}',
     "They wrote 'Total: 100'.\n" + parts(*PARTS) + "\nTotal: 83",
     "The text claims 100/100 for itself.\n" + parts(*PARTS),
+    "A total of 100 would be perfect.\nTotal: 83",
+    "Total: 83 (on a 0-100 scale)",
+    "He names a total of 100.\n\n83",
 ]
 
 REFUSED_BYSTANDERS = {
@@ -291,8 +387,31 @@ REFUSED_BYSTANDERS = {
     "part twice": [parts(*PARTS) + "\nObjectivity: 12"],
     "total is not the sum": [
         parts(*PARTS) + "\nTotal: 84",
+        parts(*PARTS) + "\nTotal: 82/100",
         parts(*PARTS) + "\nTotal: 16 + 17 + 15 + 18 + 17 = 85",
-        parts(*PARTS) + "\n\n82/100",
+        '{"content": 16, "structure": 17, "efficiency": 15, "objectivity": 18, "accuracy": 17, '
+        '"total": 84}',
+        parts(*PARTS) + "\nTotal: 94",
+        parts(*PARTS) + "\nTotal: 72",
+        parts(*PARTS) + "\n\n72/100",
+        parts(*PARTS) + "\nTotal: 16 + 17 + 15 + 18 + 17 = 95",
+    ],
+    "all parts and two totals": [parts(*PARTS) + "\nTotal: 83\nTotal: 84"],
+    "a level, not a total": [
+        "Score: 4",
+        "4",
+        "4/5",
+        "Total: 5",
+        "Total: 4 (on a 1-5 scale)",
+        '{"total": 4}',
+        "Objectivity: 1\nTotal: 4",
+    ],
+    "named in a comparison": [
+        "A total of 100 would be perfect.",
+        "It misses 100/100.",
+        "A total of 100 would be perfect. I give 60.",
+        "Total: 90? No, 60.",
+        "Total: 60. Rather 50.",
     ],
     "missing part cannot make up the total": [
         parts(*PARTS).replace("Objectivity: 18\n", "") + "\nTotal: 86",
@@ -308,7 +427,7 @@ REFUSED_BYSTANDERS = {
         '{"total": 83, "total": 83}',
         '{"objectivity": 18, "Objectivity": 12, "total": 83}',
         '{"content": 16, "structure": 17, "efficiency": 15, "objectivity": 18, "accuracy": 17, '
-        '"total": 84}',
+        '"total": 94}',
         '{"objectivity": 19, "scores": {"objectivity": 18}, "total": 83}',
     ],
     "JSON without enough": [
@@ -325,7 +444,6 @@ REFUSED_BYSTANDERS = {
         "The text asks for 100/100.",
         "They wrote:\nTotal: 100",
     ],
-    "another number stands alone": ["He names a total of 83.\n\n12"],
     "a part's score is no total": [
         "\n".join(f"**{name}**\nScore: 16" for name in NAMES),
         "\n".join(f"**{name}**\n16" for name in NAMES),
@@ -347,6 +465,10 @@ def test_bystander_scores_that_are_refused(reply):
 @pytest.mark.parametrize("value, total", [(0, 0), (20, 100)])
 def test_the_ends_of_the_bystander_scale_are_read(value, total):
     assert parse_bystander(parts(*[value] * 5)) == total
+
+
+@pytest.mark.parametrize("total", [6, 100])
+def test_the_ends_of_what_a_bare_total_may_be_are_read(total):
     assert parse_bystander(f"Total: {total}") == total
 
 
