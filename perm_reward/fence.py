@@ -66,11 +66,11 @@ def harmless(text: str) -> str:
     """`text` with nothing in it that a tokenizer obeys, a reader overlooks, or that pushes the rest
     out of sight: at most 16 blanks and 4 line ends in a row. Its only line end is the newline."""
     text = _LINE_END.sub("\n", text).translate(_BRACKETS)
-    hidden = set(hidden_places(text))
-    text = "".join(
-        f"[U+{ord(character):04X}]" if place in hidden else character
-        for place, character in enumerate(text)
-    )
+    while hidden := set(hidden_places(text)):  # again: a joiner may have lost its neighbour
+        text = "".join(
+            f"[U+{ord(character):04X}]" if place in hidden else character
+            for place, character in enumerate(text)
+        )
     text = re.sub(r"[^\S\n]", " ", text)
     text = re.sub(rf" {{{_BLANKS_IN_A_ROW},}}", " " * _BLANKS_IN_A_ROW, text)
     return re.sub(rf"(?: *\n){{{_LINE_ENDS_IN_A_ROW},}}", "\n" * _LINE_ENDS_IN_A_ROW, text)

@@ -246,6 +246,7 @@ def test_the_key_is_in_no_file_of_the_run(
         assert KEY.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_two_ranks_share_one_store_and_one_limit(server: Server, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 

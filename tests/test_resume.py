@@ -38,10 +38,6 @@ def killings(folder: Path, trials: int) -> str:
     return done.stdout
 
 
-def test_a_killed_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
-    assert killings(tmp_path, trials=2).count(": the same") == 2
-
-
 @pytest.mark.slow
 def test_runs_killed_at_twenty_four_moments_are_resumed_bit_for_bit(tmp_path: Path) -> None:
     """Sixteen runs, every other one killed twice: in generation, judging, update, saving…"""

@@ -139,3 +139,8 @@ def test_whatever_the_text_it_stays_inside_and_in_sight():
         assert all(hidden_places(line) == [] for line in inside)
         notes = "".join(inside).replace("[empty]", "")
         assert notes.count("[") == notes.count("[U+")
+
+
+def test_a_joiner_whose_neighbour_is_shown_by_its_code_is_shown_too():
+    """Emoji that are not assigned yet: the joiner would be left beside a bracket, unseen."""
+    assert hidden_places(harmless("\U0001fa8f\ufe0f and \U0001f2a6\u200d\U0001f2a6")) == []

@@ -100,7 +100,7 @@ class SlowServer:
 def reply_to(messages):
     digest = hashlib.sha256(json.dumps(messages).encode()).digest()
     is_bystander = messages[0] == BYSTANDER_INSTRUCTIONS
-    text = f"Total: {digest[0] % 101}" if is_bystander else f"Score: {1 + digest[0] % 5}"
+    text = f"Total: {6 + digest[0] % 95}" if is_bystander else f"Score: {1 + digest[0] % 5}"
     return {
         "id": "chatcmpl-1",
         "object": "chat.completion",
@@ -143,6 +143,7 @@ def outcome(process):
     return json.loads(output)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_paid_for_once(server, tmp_path):
     seed = random.randrange(2**32)
     print(f"seed {seed}")
