@@ -244,10 +244,13 @@ def test_a_server_that_hangs_is_told(path, monkeypatch):
     child = serving_child(path)
     monkeypatch.setattr(store_service, "_ANSWER_SECONDS", 0.2)
     os.kill(child.pid, signal.SIGSTOP)
-    with pytest.raises(StoreError, match="no answer within 0.2 s; [^\n]*$"):
-        with_remote(path, lambda store: store.get("a"))
-    child.kill()
-    child.join()
+    os.waitpid(child.pid, os.WUNTRACED)  # its threads do not stop at once
+    try:
+        with pytest.raises(StoreError, match="no answer within 0.2 s; [^\n]*$"):
+            with_remote(path, lambda store: store.get("a"))
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_closing_while_calls_wait_tells_them_all(path, monkeypatch):
