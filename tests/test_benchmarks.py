@@ -8,6 +8,7 @@ from benchmarks.common import Case, Result, as_json, compare, table
 from benchmarks.generation import generate, ours
 
 
+@pytest.mark.slow
 def test_both_generators_take_their_turns() -> None:
     case = Case("tiny", 2, 2, prompt_tokens=8, new_tokens=20, ragged=True)
     results = compare({"ours": ours, "model.generate": generate}, case, rounds=1, threads=1)

@@ -171,6 +171,7 @@ def test_it_runs_as_a_module_in_a_terminal_that_knows_only_ascii():
     assert b"the group has no spread" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

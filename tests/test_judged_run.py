@@ -158,6 +158,7 @@ def test_tokens_and_money_are_counted_and_every_verdict_is_kept(
     assert "judges cost      0." in shown.out
 
 
+@pytest.mark.slow
 def test_the_budget_ends_the_run_before_a_step_that_it_cannot_pay(
     monkeypatch: pytest.MonkeyPatch,
     server: Server,

@@ -13,6 +13,8 @@ from tests.parallel_worker import RUNS
 from tests.test_generation import assert_first_difference_is_rounding
 from tests.tiny import fresh_seed, tiny_model
 
+pytestmark = pytest.mark.slow  # two process groups train
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -29,6 +29,7 @@ from perm_reward import Seeker, policy_messages
 from perm_reward.aggregate import perm_reward
 from perm_reward.rubrics import ROLES
 from perm_reward.verdict import parse_bystander, parse_score
+from perm_reward.verdict_store import read_verdicts
 from tests.smollm2 import smollm2_folder
 
 pytestmark = pytest.mark.real
@@ -264,4 +265,6 @@ def test_five_updates_with_a_judge_behind_http(folder, tmp_path) -> None:
     assert replies > 0
     # The judge that is tried before the work starts is one more.
     answered = log.read_text().count('"POST /v1/chat/completions HTTP/1.1" 200')
-    assert answered >= replies + 1
+    kept = [row.verdict for row in read_verdicts(output)]  # equal calls are made once
+    assert answered >= sum(bool(verdict.reply) for verdict in kept) + 1
+    assert {verdict["reply"] for verdict in verdicts} == {verdict.reply for verdict in kept}

@@ -377,10 +377,8 @@ train.main()
 """
 
 
-@pytest.mark.parametrize(
-    "found_by",
-    ["both", *(pytest.param(f"rank {rank}", marks=pytest.mark.slow) for rank in (0, 1))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("found_by", ["both", "rank 0", "rank 1"])
 def test_under_torchrun_the_line_is_printed_once(tmp_path: Path, found_by: str) -> None:
     """A missing file is found by both ranks, a taken folder by rank 0: one line either way."""
     (tmp_path / "config.toml").write_text("")

@@ -313,6 +313,7 @@ def make_embedded(folder, records_file, seed, *arguments):
     warm_start.main([*command.split(), *small, *arguments])
 
 
+@pytest.mark.slow
 def test_the_embedded_policy_is_the_same_each_time_it_is_made(tmp_path, records_file):
     seed = fresh_seed()
     for folder in ("one", "two"):
@@ -361,6 +362,7 @@ def test_the_embedded_policy_learns_the_tokens_that_training_will_read(
             assert tokenizer.encode(text, add_special_tokens=False) == tokens[:-1]
 
 
+@pytest.mark.slow
 def test_the_embedded_policy_is_sharpened_after_training(tmp_path, records_file, monkeypatch):
     arguments = (records_file, 3, "--compute-dtype", "float32")
     make_embedded(tmp_path / "sharp", *arguments)

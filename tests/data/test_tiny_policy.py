@@ -84,6 +84,7 @@ def test_the_shipped_folder_is_small_and_declares_every_stop_id(shipped):
     assert len(tokenizer) == model.config.vocab_size
 
 
+@pytest.mark.slow
 def test_the_shipped_policy_writes_the_form_on_held_out_records(shipped):
     """What GRPO needs of it: the form nearly always, an end, and no two completions alike."""
     model, tokenizer = shipped
