@@ -37,8 +37,10 @@ def finish_rewards(
     while True:
         with ranks.failing_together():
             calls.finish(groups)
+        if not calls.can_ask_again:
+            return
         missing = find_missing(groups, ranks)
-        if not calls.can_ask_again or missing.unscored <= config.max_unscored * missing.total:
+        if missing.unscored <= config.max_unscored * missing.total:
             return
         # What waiting does not mend may still be mended by asking once more.
         patience = config.patience_seconds if missing.may_pass(calls) else FIRST_PAUSE

@@ -60,7 +60,8 @@ class Budget(Protocol):
 class Run:
     """A run of `trainer` over `prompts`, in the folder `output`.
 
-    done: steps taken so far; before, after: the first and the latest evaluation; remarks: what the
+    done: steps taken so far; evaluated, saved: after how many the latest evaluation and checkpoint
+    were made, −1: none; before, after: the first and the latest evaluation; remarks: what the
     summary is to say of how it went.
     """
 
@@ -72,6 +73,7 @@ class Run:
     budget: Budget | None = None
     done: int = 0
     evaluated: int = -1
+    saved: int = -1
     best: tuple[float, str] | None = None
     before: list[Group] = field(default_factory=list)
     after: list[Group] = field(default_factory=list)
@@ -160,7 +162,7 @@ class Run:
         """Write a checkpoint of the run after its latest step, and remove those before it."""
         trainer, folder = self.trainer, self.output / "checkpoints"
         path = folder / checkpoint_name(self.done)
-        if path.exists():
+        if self.saved == self.done:
             return
         state = {
             "done": self.done,
@@ -177,6 +179,7 @@ class Run:
                 f"the checkpoint of step {self.done} cannot be written ({error}); the one before "
                 "is whole: make room"
             ) from error
+        self.saved = self.done
         if trainer.ranks.is_main:
             remove_old(folder, self.config.checkpoint.keep, self.best and self.best[1])
 
@@ -192,7 +195,8 @@ class Run:
             return
         load_checkpoint(path, trainer.policy, trainer.optimizer)
         trainer.generator = plain_copy(trainer.policy)
-        self.done, self.evaluated = state["done"], state["evaluated"]
+        self.done = self.saved = state["done"]
+        self.evaluated = state["evaluated"]
         self.best = state["best"] and tuple(state["best"])
         of_ranks = state["reward"]
         of_reward = of_ranks[trainer.ranks.rank % len(of_ranks)]  # there may be more ranks now

@@ -6,7 +6,7 @@ from statistics import fmean
 
 from perm_reward.judges import JudgeConfig
 from perm_reward.prompts import Seeker, judge_messages
-from perm_reward.rubrics import ROLES, RUBRICS, Rubric, load_rubrics
+from perm_reward.rubrics import ROLES, Rubric
 
 # Of English text, as tokenizers of 100,000 and more words cut it.
 CHARACTERS_PER_TOKEN = 4.5
@@ -36,7 +36,7 @@ def estimate(
 
     Counted for the paid judges only; no part of a prompt is taken to be found in a cache.
     """
-    rubrics = load_rubrics(config.rubrics) if config.rubrics else RUBRICS
+    rubrics = config.read_rubrics()
     calls, prompt_tokens, replies, money = 0, 0, 0, 0.0
     for role in ROLES:
         own = config.of(role)

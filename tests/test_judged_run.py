@@ -15,6 +15,7 @@ import pytest
 
 import train
 from perm_reward.rubrics import ROLES
+from tests.perm_reward.conftest import completion
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-test-0a1b2c3d4e5f"
@@ -47,18 +48,7 @@ class Exchange(BaseHTTPRequestHandler):
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
             number = server.calls
         status, content = server.answer(number, body)
-        reply = {
-            "id": "1",
-            "object": "chat.completion",
-            "created": 0,
-            "model": "tiny",
-            "choices": [
-                {
-                    "index": 0,
-                    "message": {"role": "assistant", "content": content},
-                    "finish_reason": "stop",
-                }
-            ],
+        reply = completion(content, "stop") | {
             "usage": {
                 "prompt_tokens": 1000,
                 "completion_tokens": 10,

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from perm_reward.judges.config import JudgeConfig, RoleConfig
 from perm_reward.prompts import Seeker
-from perm_reward.rubrics import ROLES, RUBRICS, Rubric, load_rubrics
+from perm_reward.rubrics import ROLES, Rubric
 from perm_reward.verdict import Verdict
 
 __all__ = ["Judge", "JudgeConfig", "RoleConfig", "Traffic", "make_judge"]
@@ -80,7 +80,7 @@ def make_judge(
     """
     from perm_reward.panel import Panel, Prices
 
-    rubrics = load_rubrics(config.rubrics) if config.rubrics else RUBRICS
+    rubrics = config.read_rubrics()
     of_role = {role: config.of(role) for role in ROLES}
     judges: dict[JudgeConfig, Judge] = {}  # equal settings, one judge
     endpoints: dict[tuple[str, str], Any] = {}  # and one limit for all calls to an endpoint
@@ -130,7 +130,7 @@ def _make_one(
         from perm_reward.judges.local import LocalJudge
 
         return LocalJudge(config, rubrics=rubrics, seed=seed)
-    from perm_reward.judges.endpoints import Endpoint
+    from perm_reward.judges.endpoints import make_endpoint
     from perm_reward.judges.openai import OpenAIJudge
 
     which, of = share
@@ -140,15 +140,8 @@ def _make_one(
             f"judge.concurrency = {config.concurrency}: must be at least the number of processes, "
             f"{of}, each of which makes calls"
         )
-    for url, key_variable in config.endpoints:
-        if (url, key_variable) not in endpoints:
-            endpoints[url, key_variable] = Endpoint(
-                url,
-                key_variable,
-                concurrency=mine,
-                timeout_seconds=config.timeout_seconds,
-                max_retries=config.max_retries,
-                seed=seed,
-            )
-    own = [endpoints[pair] for pair in config.endpoints]
+    for where in config.endpoints:
+        if where not in endpoints:
+            endpoints[where] = make_endpoint(config, *where, mine, seed)
+    own = [endpoints[where] for where in config.endpoints]
     return OpenAIJudge(config, own, rubrics=rubrics, seed=seed)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from perm_reward.rubrics import ROLES
+from perm_reward.rubrics import ROLES, RUBRICS, Rubric, load_rubrics
 from perm_reward.settings import require
 
 Kind = Literal["lexical", "local", "openai"]
@@ -114,6 +114,10 @@ class JudgeConfig:
         own = {f.name: getattr(getattr(self, role), f.name) for f in fields(RoleConfig)}
         changes: dict[str, Any] = {k: value for k, value in own.items() if value is not None}
         return replace(self, **changes | {name: RoleConfig() for name in ROLES})
+
+    def read_rubrics(self) -> dict[str, Rubric]:
+        """The rubrics of all roles. Raises ValueError where the file of one's own is not right."""
+        return load_rubrics(self.rubrics) if self.rubrics else RUBRICS
 
     @property
     def endpoints(self) -> list[tuple[str, str]]:

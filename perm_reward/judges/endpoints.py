@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import openai
 
-from perm_reward.judges import Traffic
+from perm_reward.judges import JudgeConfig, Traffic
 from perm_reward.judges.clock import call_begins, call_rests
 from perm_reward.judges.connection import Connection
 from perm_reward.judges.faults import (
@@ -318,3 +318,17 @@ class Endpoint:
             if call.stuck_for(now) > self._patience and not call.granted.done():
                 call.leave_queues()
                 call.granted.set_exception(GaveUp(failure_words(error)))
+
+
+def make_endpoint(
+    config: JudgeConfig, url: str, key_variable: str, concurrency: int, seed: int
+) -> Endpoint:
+    """An endpoint with the limits of a judge's settings. Raises ValueError, see `Endpoint`."""
+    return Endpoint(
+        url,
+        key_variable,
+        concurrency=concurrency,
+        timeout_seconds=config.timeout_seconds,
+        max_retries=config.max_retries,
+        seed=seed,
+    )

@@ -7,7 +7,7 @@ import openai
 
 from perm_reward.judges import JudgeConfig, Traffic
 from perm_reward.judges.complaints import complaint
-from perm_reward.judges.endpoints import Call, Endpoint, ask
+from perm_reward.judges.endpoints import Call, Endpoint, ask, make_endpoint
 from perm_reward.judges.faults import ErrorAnswer, failure_words
 from perm_reward.judges.replies import Reply, read_reply, read_usage
 from perm_reward.judges.request_form import FoundOut, requested
@@ -46,7 +46,12 @@ class OpenAIJudge:
         seed: int = 0,
     ) -> None:
         self.config = config
-        self.endpoints = endpoints if endpoints is not None else _endpoints_of(config, seed)
+        if endpoints is None:
+            endpoints = [
+                make_endpoint(config, *where, config.concurrency, seed)
+                for where in config.endpoints
+            ]
+        self.endpoints = endpoints
         urls = dict.fromkeys(endpoint.connection.url for endpoint in self.endpoints)
         self.label = f"openai: {config.model} at {', '.join(urls)}"
         self.traffic = Traffic()
@@ -159,17 +164,3 @@ class OpenAIJudge:
         for endpoint in self.endpoints:
             text = endpoint.connection.without_key(text)
         return text
-
-
-def _endpoints_of(config: JudgeConfig, seed: int) -> list[Endpoint]:
-    return [
-        Endpoint(
-            url,
-            key_variable,
-            concurrency=config.concurrency,
-            timeout_seconds=config.timeout_seconds,
-            max_retries=config.max_retries,
-            seed=seed,
-        )
-        for url, key_variable in config.endpoints
-    ]
