@@ -24,12 +24,14 @@ from transformers.utils import logging as transformers_logging
 import data
 from grpo.checkpoint import export_policy
 from grpo.config import Config, ConfigError, Flags, load_config, to_toml
-from grpo.parallel import Ranks, cast_copy, pick_device, shard, start_ranks
+from grpo.interruption import Interrupted
+from grpo.parallel import Ranks, pick_device, start_ranks
 from grpo.patience import RunStopped
 from grpo.policy import context_length, load_policy, load_tokenizer
 from grpo.prompts import Messages, check_lengths, count_steps, make_prompts
 from grpo.reward import RewardFunction, import_reward
 from grpo.run import Run
+from grpo.sharding import frozen_copy, shard
 from grpo.summary import summary
 from grpo.trainer import Trainer
 from perm_reward import JudgeConfig, PermReward, RewardConfig, Seeker, make_judge, policy_messages
@@ -74,7 +76,8 @@ def main() -> None:
     config = RunConfig()
     try:
         config, resume = read_command_line(sys.argv[1:])
-        with start_ranks(pick_device(config.policy.device)) as ranks:
+        hybrid = config.policy.sharding == "hybrid"
+        with start_ranks(pick_device(config.policy.device), hybrid=hybrid) as ranks:
             config.output = ranks.gather(config.output)[0]  # one clock names it
             train(config, ranks, resume)
     except ConfigError as error:
@@ -82,10 +85,10 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RunStopped as error:
+    except (RunStopped, Interrupted) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped: {error}; go on with --resume {config.output}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(getattr(error, "exit_code", 1))
 
 
 def read_command_line(argv: list[str]) -> tuple[RunConfig, bool]:
@@ -125,31 +128,35 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> None:
         spending = plan_spending(reward, train_records, steps, len(heldout), config, ranks)
         try_judge(reward, ranks)
     with ranks.failing_together():
-        policy = load_policy(model_name, ranks.device)
+        policy = load_policy(model_name, ranks.device, check=ranks.is_main)
     with ExitStack() as held:
         output = held.enter_context(open_output(config, ranks, resume))
         held.enter_context(keeping_verdicts(reward, output, ranks, resume))
         if hasattr(reward, "close"):
             held.callback(reward.close)
         compute_dtype = getattr(torch, config.policy.compute_dtype)
+        trained = shard(policy.model, ranks, compute_dtype, policy.weights.fill)
+        on_cpu = config.policy.offload_reference
         trainer = Trainer(
             config=config,
             ranks=ranks,
-            reference=cast_copy(policy.model, compute_dtype) if config.grpo.kl_coef else None,
-            policy=shard(policy.model, ranks, compute_dtype),
+            policy=trained,
+            reference=frozen_copy(trained, on_cpu=on_cpu) if config.grpo.kl_coef else None,
             tokenizer=policy.tokenizer,
             stop_ids=policy.stop_ids,
             reward=reward,
             steps=steps,
         )
         run = Run(config, trainer, prompts, heldout, output, spending)
+        held.enter_context(ranks.interruption.listening(run.last_words))
         if resume:
             run.resume()
         run.take_steps()
         if spending and spending.spent:
             run.remarks.append(f"judges cost      {spending.spent:,.2f}")
+        generator = trainer.generator
         if ranks.is_main:
-            export_policy(trainer.generator, policy.tokenizer, policy.stop_ids, output / "policy")
+            export_policy(generator, policy.tokenizer, policy.stop_ids, output / "policy")
             judge = f", judge: {reward.judge.label}" if isinstance(reward, PermReward) else ""
             print(summary(run.before, run.after, output, config.reward + judge, run.remarks))
 

@@ -40,9 +40,10 @@ from grpo.generation import generate_groups
 from grpo.logprobs import score
 from grpo.optimizer import make_optimizer, set_learning_rate
 from grpo.packing import Group, pack
-from grpo.parallel import Ranks, gradient_norm, pick_device, plain_copy, shard, start_ranks
+from grpo.parallel import Ranks, pick_device, start_ranks
 from grpo.policy import Policy, encode_chat, load_policy
 from grpo.sampling import Sampling
+from grpo.sharding import gradient_norm, plain_copy, shard
 from perm_reward import Seeker, policy_messages
 from perm_reward.completion import parse_completion
 
@@ -91,7 +92,8 @@ def run(settings: argparse.Namespace, ranks: Ranks) -> None:
         policy = load_policy(settings.model, ranks.device)
     check_lengths(policy, "--records", records, settings.max_new_tokens)
     check_lengths(policy, "bundled-heldout", heldout, settings.max_new_tokens)
-    policy.model = shard(policy.model, ranks, getattr(torch, settings.compute_dtype))
+    compute_dtype = getattr(torch, settings.compute_dtype)
+    policy.model = shard(policy.model, ranks, compute_dtype, policy.weights.fill)
 
     def measure(when: str) -> None:
         share = share_well_formed(policy, heldout, settings.max_new_tokens, settings.seed)

@@ -21,8 +21,9 @@ from benchmarks.common import END, Case, make_model, make_tokenizer, run
 from benchmarks.generation import EndAt
 from grpo.config import Config, GRPOConfig, RolloutConfig, TrainConfig
 from grpo.generation import generate_groups
-from grpo.parallel import cast_copy, pick_device, shard, start_ranks
+from grpo.parallel import pick_device, start_ranks
 from grpo.rollout import Prompt
+from grpo.sharding import frozen_copy, shard
 
 KL_COEF, LEARNING_RATE = 0.01, 1e-6
 
@@ -51,12 +52,12 @@ def ours(case: Case) -> Iterator[None]:
         train=TrainConfig(learning_rate=LEARNING_RATE, gradient_checkpointing=True),
     )
     with start_ranks(pick_device("auto")) as ranks:
-        model = make_model(case.model, torch.float32)
+        policy = shard(make_model(case.model, torch.float32), ranks, torch.bfloat16)
         trainer = grpo.trainer.Trainer(
             config=config,
             ranks=ranks,
-            reference=cast_copy(model, torch.bfloat16),
-            policy=shard(model, ranks, torch.bfloat16),
+            reference=frozen_copy(policy),
+            policy=policy,
             tokenizer=make_tokenizer(model.config.vocab_size),
             stop_ids=[END],
             reward=reward,

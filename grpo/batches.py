@@ -17,7 +17,6 @@ class Sample:
 
     prompt: list[int]
     completion: Completion
-    advantage: float = 0.0
     reference: Tensor | None = None
     old: Tensor | None = None
 
@@ -25,6 +24,11 @@ class Sample:
     def tokens(self) -> int:
         """How many tokens it has."""
         return len(self.completion.token_ids)
+
+    @property
+    def advantage(self) -> float:
+        """Its completion's advantage."""
+        return self.completion.advantage
 
 
 @dataclass

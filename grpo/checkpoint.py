@@ -3,6 +3,7 @@
     RUN/checkpoints/step-000040/     by torch.distributed.checkpoint, readable at any world size
         __0_0.distcp, .metadata      weights and the optimiser's state, sharded over the ranks
         run.json                     the run's own state, and a checksum of each file
+        rollout-….jsonl              what was sampled already for the next step, if anything
 
 A checkpoint is written aside, synced to disk, and then renamed: under its name it is whole. What
 is not in it is a function of the step: learning rate, order of the data, random numbers.
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.parallel import Ranks
+from grpo.rollout import Group, read_groups
 
 STATE_FILE = "run.json"
+ROLLOUT_FILE = "rollout-{}.jsonl"  # with the checksum of its content
 PARTIAL = ".partial"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -40,8 +44,10 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     ranks: Ranks,
+    rollout: Sequence[Group] | None = None,
 ) -> None:
-    """Write weights, the optimiser's state and `state` (fit for JSON). All ranks together.
+    """Write weights, the optimiser's state, `state` (fit for JSON) and a rollout, if there is one
+    that waits for its update. All ranks together.
 
     Raises OSError, on all ranks, where it cannot be written; what was at `folder` stays then.
     """
@@ -65,10 +71,35 @@ def save_checkpoint(
         if ranks.is_main:
             checksums = {path.name: checksum(path) for path in sorted(aside.iterdir())}
             write_synced(aside / STATE_FILE, json.dumps({"state": state, "files": checksums}))
+            if rollout is not None:
+                write_rollout(aside, rollout)
             replace_folder(aside, folder)
     except OSError as e:
         error = e.strerror
     raise_together(error, ranks)
+
+
+def save_rollout(folder: Path, groups: Sequence[Group], ranks: Ranks) -> None:
+    """Add groups that wait for their update to a checkpoint. Raises OSError, on all ranks."""
+    error: str | None = None
+    try:
+        if ranks.is_main:
+            write_rollout(folder, groups)
+    except OSError as e:
+        error = e.strerror
+    raise_together(error, ranks)
+
+
+def write_rollout(folder: Path, groups: Sequence[Group]) -> None:
+    """Write groups to the file that `read_rollout` reads, in the place of any that is there."""
+    aside = folder / (ROLLOUT_FILE.format("new") + PARTIAL)
+    write_synced(aside, "".join(group.to_json() + "\n" for group in groups))
+    path = folder / ROLLOUT_FILE.format(checksum(aside)[:32])
+    os.replace(aside, path)
+    for other in folder.glob(ROLLOUT_FILE.format("*")):
+        if other != path:
+            other.unlink()
+    sync(folder)
 
 
 def tensors_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -163,6 +194,14 @@ def read_state(folder: Path) -> dict[str, Any]:
         return content["state"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{folder}: {type(error).__name__}: {error}") from error
+
+
+def read_rollout(folder: Path) -> list[Group] | None:
+    """The groups that wait in a checkpoint for their update; None where none are there whole."""
+    for path in folder.glob(ROLLOUT_FILE.format("*")):
+        if path.name == ROLLOUT_FILE.format(checksum(path)[:32]):
+            return list(read_groups(path))
+    return None
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -31,6 +31,11 @@ class PolicyConfig:
     """type of the forward and backward pass; trained weights are kept in float32 either way"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to train; auto: cuda where there is one, else cpu"""
+    sharding: Literal["full", "hybrid"] = "full"
+    """what the weights are sharded over: all processes, or (hybrid) those of each node, where
+    between nodes only gradients travel"""
+    offload_reference: bool = False
+    """keep the reference in the memory of the CPU between its passes"""
 
     def __post_init__(self) -> None:
         check(self, "model", bool(self.model), "a hub name, a folder or embedded")
@@ -70,6 +75,12 @@ class RolloutConfig:
     """drop tokens below this part of the likeliest one's; training takes only 0 (off)"""
     max_rows: int = 64
     """completions decoded at once; bounds the memory of the key-value cache"""
+    keep_weights: bool = True
+    """keep the copy that generates from one rollout to the next; false: its memory is free in
+    between, and it is made anew for each"""
+    ahead: int = 0
+    """1: generate the next step's completions while the judges still read this one's; the policy is
+    one update older then than the one that learns from them"""
 
     def __post_init__(self) -> None:
         check(self, "max_prompt_tokens", self.max_prompt_tokens >= 1, "at least 1")
@@ -81,6 +92,7 @@ class RolloutConfig:
         check(self, "top_p", self.top_p == 1, f"1 {why}")
         check(self, "min_p", self.min_p == 0, f"0 {why}")
         check(self, "max_rows", self.max_rows >= 1, "at least 1")
+        check(self, "ahead", self.ahead in (0, 1), "0 or 1")
 
 
 @dataclass
@@ -108,6 +120,8 @@ class GRPOConfig:
     """weight of the KL term towards the reference policy (beta); 0: no reference is kept"""
     kl_estimator: Literal["k2", "k3", "k3_is"] = "k3"
     """estimator of the KL term in the loss"""
+    importance_cap: float | None = None
+    """weigh each token by trainer's / rollout's probability, at most this, such as 2; none: off"""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """rewards minus the group's mean, divided by the std of the group, of the batch, or by none"""
 
@@ -125,6 +139,8 @@ class GRPOConfig:
         above_1 = "above 1 (it bounds the ratio), or none"
         check(self, "dual_clip", self.dual_clip is None or self.dual_clip > 1, above_1)
         check(self, "kl_coef", self.kl_coef >= 0, "0 or more")
+        cap = self.importance_cap
+        check(self, "importance_cap", cap is None or cap >= 1, "at least 1, or none")
 
 
 @dataclass
@@ -156,6 +172,9 @@ class TrainConfig:
     max_unscored: float = 0.2
     """largest part of a step's completions that may lack a reward; above it training pauses,
     and they are judged again"""
+    max_skipped: int = 3
+    """updates in a row with a loss or gradient that is not finite, and so not made, after which
+    the run stops"""
     patience_seconds: float = 1800.0
     """how long training pauses in all for judges that fail; then it stops, everything saved"""
 
@@ -170,6 +189,7 @@ class TrainConfig:
         check(self, "weight_decay", self.weight_decay >= 0, "0 or more")
         check(self, "max_gradient_norm", self.max_gradient_norm > 0, "above 0")
         check(self, "max_unscored", 0 <= self.max_unscored <= 1, "0 to 1")
+        check(self, "max_skipped", self.max_skipped >= 1, "at least 1")
         check(self, "patience_seconds", self.patience_seconds >= 0, "0 or more seconds")
 
 

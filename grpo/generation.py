@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from grpo.decoding import Decoder, Size, Window, bucket_of_rows, uses_graphs
 from grpo.packed_linear import packed_linear_layers
-from grpo.parallel import plain_copy
 from grpo.rollout import Completion
 from grpo.sampling import Sampling, random_key
+from grpo.sharding import plain_copy
 from grpo.shared_prefix import use_shared_prefix
 
 # To look at the rows makes the host wait for the device; not to look lets ended rows run on.

@@ -1,6 +1,7 @@
 """What a step looked like in numbers, and the files they go to."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,7 +111,11 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Append one JSON object to a JSON lines file; NaN, which JSON does not know, as null."""
-    known = {k: None if v != v else v for k, v in values.items()}
+    """Append one JSON object to a JSON lines file; NaN and infinity, which JSON does not know, as
+    null."""
+    known = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(known, ensure_ascii=False) + "\n")

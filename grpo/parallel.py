@@ -1,29 +1,19 @@
-"""One code path for one process or many: the process group, FSDP2, and the generation copy."""
+"""One code path for one process or many: the process group, and who does what in it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from grpo.config_loader import ConfigError
-from grpo.logprobs import score_row
+from grpo.interruption import Interrupted, Interruption
 
 T = TypeVar("T")
 
@@ -42,21 +32,24 @@ class Ranks:
     world_size: int
     device: torch.device
     mesh: DeviceMesh
+    interruption: Interruption = field(default_factory=Interruption)
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
-    def deal(self, items: list[T]) -> list[T]:
-        """This rank's share of `items`: every world_size-th, from its rank on."""
-        return items[self.rank :: self.world_size]
+    def deal(self, items: Sequence[T], work: Sequence[float]) -> list[T]:
+        """This rank's share of `items`, each of so much work, see `share_out`."""
+        return [items[i] for i in share_out(work, self.world_size)[self.rank]]
 
-    def collect(self, mine: list[T]) -> list[T]:
+    def collect(self, mine: Sequence[T], work: Sequence[float]) -> list[T]:
         """The shares of all ranks, on every rank, in the order from which `deal` dealt them."""
-        shares = self.gather(mine)
-        total = sum(map(len, shares))
-        return [shares[i % self.world_size][i // self.world_size] for i in range(total)]
+        shares = zip(share_out(work, self.world_size), self.gather(list(mine)), strict=True)
+        places = {
+            i: item for indices, items in shares for i, item in zip(indices, items, strict=True)
+        }
+        return [places[i] for i in range(len(work))]
 
     def gather(self, mine: T) -> list[T]:
         """What each rank has, on every rank, in the order of ranks."""
@@ -74,6 +67,12 @@ class Ranks:
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
+    def stop_if_asked(self) -> None:
+        """Raise Interrupted on all ranks where a signal has asked one of them to end."""
+        signal = int(self.largest(torch.tensor(self.interruption.signal)))
+        if signal:
+            raise Interrupted(signal)
+
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """What goes wrong with a setting on one rank is raised on all of them.
@@ -89,6 +88,22 @@ class Ranks:
         for rank, message in enumerate(self.gather(str(error) if error else None)):
             if message is not None:
                 raise error or ConfigError(f"{message} (on rank {rank})")
+
+
+def share_out(work: Sequence[float], ranks: int) -> list[list[int]]:
+    """Who does which of N pieces of work: for each rank their indices, in order.
+
+    The largest piece first, each to the rank that has least to do so far (of equals, the one with
+    fewer pieces, then the first): ranks with short pieces take more of them. The largest share is
+    at most 4/3 of the smallest that is possible (Graham 1969, LPT).
+    """
+    loads = [(0.0, 0, rank) for rank in range(ranks)]
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for i in sorted(range(len(work)), key=lambda i: (-work[i], i)):
+        load, count, rank = min(loads)
+        loads[rank] = (load + work[i], count + 1, rank)
+        shares[rank].append(i)
+    return list(map(sorted, shares))
 
 
 def pick_device(name: str) -> torch.device:
@@ -118,8 +133,10 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextmanager
-def start_ranks(device: torch.device) -> Iterator[Ranks]:
+def start_ranks(device: torch.device, *, hybrid: bool = False) -> Iterator[Ranks]:
     """The process group of torchrun, or a group of one process without it.
+
+    hybrid: whether each node is to hold a whole set of weights, sharded among its own processes.
 
     Raises ConfigError where the environment says RANK, but not the rest of what torchrun sets.
     """
@@ -135,65 +152,9 @@ def start_ranks(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         world_size = dist.get_world_size()
-        mesh = init_device_mesh(device.type, (world_size,))
+        within = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if hybrid else world_size
+        nodes = (world_size // within,) if within < world_size else ()
+        mesh = init_device_mesh(device.type, (*nodes, within))
         yield Ranks(dist.get_rank(), world_size, device, mesh)
     finally:
         dist.destroy_process_group()
-
-
-def shard(model: PreTrainedModel, ranks: Ranks, compute_dtype: torch.dtype) -> PreTrainedModel:
-    """The trained policy: float32 weights sharded over the ranks, computed in `compute_dtype`.
-
-    Gradients are summed over ranks (not averaged: the loss has global denominators), in float32.
-    The model gets two methods: `score_row`, see logprobs.score, and `full_copy`, a plain module in
-    the compute type that generates. Decoding through sharded layers would gather every layer
-    for every token; the copy is refilled once per rollout instead, and keeps its addresses.
-    """
-    generation = cast_copy(model, compute_dtype)
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for layer in model.get_decoder().layers:
-        fully_shard(layer, mesh=ranks.mesh, mp_policy=precision)
-    fully_shard(model, mesh=ranks.mesh, mp_policy=precision)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # gloo knows neither average nor scaled sum; a plain sum is what is wanted.
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_gradient_divide_factor(1.0)
-    sharded = cast(Any, model)
-    sharded.score_row = partial(score_row, model)
-    register_fsdp_forward_method(model, "score_row")
-    sharded.full_copy = partial(refill, generation, model)
-    return model
-
-
-def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, or of a sharded one its copy, refilled. All ranks together."""
-    full_copy = model.__dict__.get("full_copy")
-    return model if full_copy is None else full_copy()
-
-
-def cast_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen copy with parameters in `dtype`. Buffers stay: rotary frequencies need float32.
-
-    Each parameter is cast as it is copied: a copy in bfloat16 never needs the memory of one in
-    float32. A parameter that stands in two places (tied embeddings) does so in the copy.
-    """
-    cast_of = {
-        id(parameter): torch.nn.Parameter(parameter.detach().to(dtype, copy=True), False)
-        for parameter in model.parameters()
-    }
-    return deepcopy(model, cast_of).eval()
-
-
-@torch.no_grad()
-def refill(copy: PreTrainedModel, trained: PreTrainedModel) -> PreTrainedModel:
-    """Write the trained weights into the copy, one parameter at a time. All ranks together."""
-    for target, source in zip(copy.parameters(), trained.parameters(), strict=True):
-        target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
-    return copy
-
-
-def gradient_norm(model: PreTrainedModel, max_norm: float) -> float:
-    """Scale the gradients of all ranks down to `max_norm` together; returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tqdm import tqdm
 
@@ -31,12 +32,14 @@ def finish_rewards(
 
     All ranks together: what counts is the part without a reward over all of them.
 
-    Raises RunStopped when patience is at an end, ConfigError when the reward itself is at fault.
+    Raises RunStopped when patience is at an end, ConfigError when the reward itself is at fault,
+    Interrupted when a signal asks the run to end.
     """
     waited, pause, asked_again = 0.0, FIRST_PAUSE, False
     while True:
         with ranks.failing_together():
-            calls.finish(groups)
+            ranks.interruption.unless_asked(lambda: calls.finish(groups))
+        ranks.stop_if_asked()
         if not calls.can_ask_again:
             return
         missing = find_missing(groups, ranks)
@@ -52,7 +55,8 @@ def finish_rewards(
         pause = min(pause, config.patience_seconds - waited)
         if ranks.is_main:
             tqdm.write(f"warning: {missing}: asked again in {pause:.0f} s", file=sys.stderr)
-        time.sleep(pause)
+        ranks.interruption.unless_asked(partial(time.sleep, pause))
+        ranks.stop_if_asked()
         waited, pause, asked_again = waited + pause, 2 * pause, True
         calls.start_again(groups)
 

@@ -7,27 +7,25 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config_loader import ConfigError
+from grpo.loading import Weights, empty_model, first_layers
 from grpo.logprobs import completion_logprobs
-from grpo.shared_prefix import UnsupportedModel
+from grpo.shared_prefix import UnsupportedModel, refuse_unsupported
 
 # Largest difference of a log-prob, packed against separate, that rounding in float32 explains.
 PACKING_TOLERANCE = 1e-3
+# Layers are of one kind: two show whether it is computed rightly, and fit anywhere.
+LAYERS_CHECKED = 2
 
 
 @dataclass
 class Policy:
-    """A model in float32, not yet sharded, and what belongs to it."""
+    """A model on the meta device, its weights, and what belongs to it."""
 
     model: PreTrainedModel
+    weights: Weights
     tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
 
@@ -56,33 +54,35 @@ def context_length(name: str) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_policy(name: str, device: torch.device) -> Policy:
-    """Load a causal language model in float32 and check that a packed row is right for it.
+def load_policy(name: str, device: torch.device, *, check: bool = True) -> Policy:
+    """Find a causal language model and its weights, and check that a packed row is right for it.
 
-    name: a hub name or a folder. Raises ConfigError, in one line, for a model that cannot be found
-    or whose attention the shared prefix would compute wrongly.
+    name: a hub name or a folder. No weights are read but, for the check, those of two layers.
+    Raises ConfigError, in one line, for a model that cannot be found or whose attention the shared
+    prefix would compute wrongly.
     """
     tokenizer = load_tokenizer(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _not_found(name, error) from error
-    model = model.eval().to(device)
-    switch_dropout_off(model)
-    try:
-        check_packing(model)
+        model = empty_model(name, device)
+        switch_dropout_off(model)
+        refuse_unsupported(model)
+        weights = Weights(name, model)
+        if check:
+            check_packing(first_layers(name, LAYERS_CHECKED).to(device))
     except UnsupportedModel as error:
         raise ConfigError(
             f"policy.model = {name}: {error}; only models whose layers are all full attention "
             "(Llama, Qwen2, Qwen3, Mistral without a window, …) can share a prefix"
         ) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _not_found(name, error) from error
     stops = stop_ids(model, tokenizer)
     if not stops:
         raise ConfigError(
             f"policy.model = {name}: neither its generation config nor its tokenizer names a token "
             "that ends a turn; set eos_token_id in its generation_config.json"
         )
-    return Policy(model, tokenizer, stops)
+    return Policy(model, weights, tokenizer, stops)
 
 
 def switch_dropout_off(model: PreTrainedModel) -> None:
@@ -122,8 +122,7 @@ def check_packing(model: PreTrainedModel) -> None:
     """Compare a packed row with separate rows under the model's own attention.
 
     Three tiny completions of different lengths, one of them a single token. Raises
-    UnsupportedModel where a log-prob differs by more than rounding; from then on the model
-    attends through shared_prefix.
+    UnsupportedModel where a log-prob differs by more than rounding.
     """
     generator = torch.Generator().manual_seed(0)
     prompt, *completions = (

@@ -52,6 +52,12 @@ class Group:
         """The G rewards, with NaN where no judge could score, as `group_advantages` wants them."""
         return [float("nan") if c.reward is None else c.reward for c in self.completions]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of its packed row: the prompt once, and each completion."""
+        completions = sum(len(completion.token_ids) for completion in self.completions)
+        return len(self.prompt.token_ids) + completions
+
     def to_json(self, **extra: Any) -> str:
         """One line of JSON; floats are written so that they read back bit for bit."""
         return json.dumps({**extra, **asdict(self)}, ensure_ascii=False)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
@@ -20,18 +20,20 @@ from grpo.checkpoint import (
     DamagedCheckpoint,
     checkpoints,
     load_checkpoint,
+    read_rollout,
     read_state,
     remove_old,
     save_checkpoint,
+    save_rollout,
 )
 from grpo.config import Config
+from grpo.interruption import Interrupted
 from grpo.monitor import append_line, rollout_metrics, warnings_of
-from grpo.parallel import plain_copy
 from grpo.patience import RunStopped
 from grpo.prompts import prompts_of_step
 from grpo.rollout import Group, Prompt, read_groups, write_groups
 from grpo.summary import heldout_metrics
-from grpo.trainer import Trainer
+from grpo.trainer import Rollout, Trainer
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "evaluations.jsonl", "heldout.jsonl")
 
@@ -56,13 +58,21 @@ class Budget(Protocol):
         ...
 
 
+class Found(NamedTuple):
+    """A checkpoint: its folder, the run's state, and the groups sampled for its next step."""
+
+    path: Path
+    state: dict[str, Any]
+    rollout: list[Group] | None
+
+
 @dataclass
 class Run:
     """A run of `trainer` over `prompts`, in the folder `output`.
 
     done: steps taken so far; evaluated, saved: after how many the latest evaluation and checkpoint
-    were made, −1: none; before, after: the first and the latest evaluation; remarks: what the
-    summary is to say of how it went.
+    were made, −1: none; sampled: the next step's rollout, where it was begun; before, after: the
+    first and the latest evaluation; remarks: what the summary is to say of how it went.
     """
 
     config: Config
@@ -74,74 +84,107 @@ class Run:
     done: int = 0
     evaluated: int = -1
     saved: int = -1
+    sampled: Rollout | None = None
     best: tuple[float, str] | None = None
     before: list[Group] = field(default_factory=list)
     after: list[Group] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    lengths: dict[str, int] = field(default_factory=dict)
 
     # --- the loop ----------------------------------------------------------------------------
 
     def take_steps(self) -> None:
         """The steps that are left, with an evaluation before the first, after the last, and as
-        often as asked."""
-        steps, is_main = self.trainer.steps, self.trainer.ranks.is_main
-        if not self.before:
-            self.before = self.after = self.evaluate()
+        often as asked. However it ends, everything is saved, as after the latest whole step."""
+        try:
+            self.take_steps_that_are_left()
+        except (RunStopped, Interrupted):
+            self.save(with_rollout=True)
+            raise
+
+    def take_steps_that_are_left(self) -> None:
+        """The loop of `take_steps`."""
+        steps, ranks = self.trainer.steps, self.trainer.ranks
+        if self.evaluated < 0:
+            self.before = self.evaluate()
         with tqdm(
-            total=steps, initial=self.done, desc="training", unit="step", disable=not is_main
+            total=steps,
+            initial=self.done,
+            desc="training",
+            unit="step",
+            disable=not ranks.is_main,
         ) as bar:
-            while self.done < steps:
-                if not self.is_paid_for():
+            while True:
+                if is_due(self.done, self.config.evaluation.every) and self.evaluated < self.done:
+                    self.evaluate()
+                if is_due(self.done, self.config.checkpoint.every):
+                    self.save()
+                ranks.stop_if_asked()
+                if self.done == steps:
+                    break
+                if self.sampled is None and not self.is_paid_for():
                     where = f"before step {self.done + 1} of {steps}"
                     self.remarks.append(f"stopped          {where}: {self.budget}")
                     break
-                try:
-                    metrics = self.take_step()
-                except RunStopped:  # before its update: nothing of this step is in the policy
-                    self.save()
-                    raise
+                metrics = self.take_step()
                 bar.set_postfix_str(
                     f"reward {metrics['reward_mean']:.3f}, KL {metrics.get('kl', 0):.4f}, "
                     f"{metrics['completion_tokens_mean']:.0f} tokens"
                 )
                 bar.update()
-                if is_due(self.done, self.config.evaluation.every):
-                    self.after = self.evaluate()
-                if is_due(self.done, self.config.checkpoint.every):
-                    self.save()
         if self.evaluated < self.done:
-            self.after = self.evaluate()
+            self.evaluate()
         self.save()
 
     def take_step(self) -> dict[str, float]:
-        """One step; returns its metrics."""
+        """One step; returns its metrics. Raises RunStopped where updates have become impossible."""
         trainer, is_main, step = self.trainer, self.trainer.ranks.is_main, self.done + 1
-        groups = trainer.rollout(step - 1, prompts_of_step(self.prompts, step - 1, self.config))
+        rollout = self.sampled = self.sampled or self.sample(step)
+        following = self.sample(step + 1) if self.may_go_ahead() else None
+        groups = trainer.finish_rollout(rollout)
         if is_main:  # before the update: verdicts are paid for
             write_groups(self.output / "rollouts.jsonl", step, groups)
-        metrics = {"step": step, **rollout_metrics(groups), **self.spent(groups)}
+        metrics = {"step": step, **rollout_metrics(groups), **trainer.update(step - 1)}
+        self.done, self.sampled = step, following
+        metrics |= self.spent(groups)
         if hasattr(trainer.reward, "after_step"):
             details = [c.details for group in groups for c in group.completions]
             metrics |= trainer.reward.after_step(details)
-        metrics |= trainer.update(step - 1)
-        self.done = step
         if is_main:
             append_line(self.output / "metrics.jsonl", metrics)
             for warning in warnings_of(metrics):
                 tqdm.write(f"warning: step {step}: {warning}", file=sys.stderr)
+        self.measure_files()
+        if trainer.skipped >= self.config.train.max_skipped:
+            raise RunStopped(
+                f"{trainer.skipped} updates in a row, the last in step {step}, had a loss or "
+                "gradient that is not finite (train.max_skipped): none was made, the policy is that "
+                "of before them; rollouts.jsonl has what they were to learn from"
+            )
         return metrics
+
+    def sample(self, step: int) -> Rollout:
+        """Begin the rollout of a step, counted from 1."""
+        return self.trainer.begin_rollout(
+            step - 1, prompts_of_step(self.prompts, step - 1, self.config)
+        )
+
+    def may_go_ahead(self) -> bool:
+        """Whether the step after this one is to be sampled already: judges are slow, say."""
+        is_last = self.done + 1 >= self.trainer.steps
+        return self.config.rollout.ahead > 0 and not is_last and self.is_paid_for(rollouts=2)
 
     def evaluate(self) -> list[Group]:
         """Held-out completions of the policy as it is now."""
         groups = self.trainer.evaluate(self.heldout)
-        spent = self.spent(groups)
-        self.evaluated = self.done
-        metrics = {"step": self.done, **heldout_metrics(groups), **spent}
+        metrics = {"step": self.done, **heldout_metrics(groups), **self.spent(groups)}
         if self.trainer.ranks.is_main:
             write_groups(self.output / "heldout.jsonl", self.done, groups)
             append_line(self.output / "evaluations.jsonl", metrics)
         if self.best is None or metrics["reward_mean"] > self.best[0]:
             self.best = metrics["reward_mean"], checkpoint_name(self.done)
+        self.evaluated, self.after = self.done, groups
+        self.measure_files()
         return groups
 
     def spent(self, groups: Sequence[Group]) -> dict[str, float]:
@@ -149,31 +192,42 @@ class Run:
         completions = sum(len(group.completions) for group in groups)
         return {} if self.budget is None else self.budget.record(completions)
 
-    def is_paid_for(self) -> bool:
-        """Whether another step, and the last evaluation, are within the budget."""
+    def is_paid_for(self, rollouts: int = 1) -> bool:
+        """Whether so many rollouts more, and the last evaluation, are within the budget."""
         grpo = self.config.grpo
         heldout = len(self.heldout) * self.config.evaluation.samples
-        ahead = grpo.prompts_per_step * grpo.group_size + heldout
+        ahead = rollouts * grpo.prompts_per_step * grpo.group_size + heldout
         return self.budget is None or self.budget.allows(ahead)
 
     # --- stopping and going on ---------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write a checkpoint of the run after its latest step, and remove those before it."""
+    def save(self, *, with_rollout: bool = False) -> None:
+        """Write a checkpoint of the run after its latest step, and remove those before it.
+
+        with_rollout: also what was sampled for the next step, although it could be sampled again
+        (a step ahead it could not, and is always part of the checkpoint).
+        """
         trainer, folder = self.trainer, self.output / "checkpoints"
         path = folder / checkpoint_name(self.done)
-        if self.saved == self.done:
-            return
+        ahead = self.config.rollout.ahead > 0
         state = {
             "done": self.done,
             "evaluated": self.evaluated,
             "best": self.best,
-            "logs": {name: size_of(self.output / name) for name in LOGS},
+            "skipped": trainer.skipped,
+            "logs": self.lengths,
+            "needs_rollout": ahead and self.sampled is not None,
             "reward": trainer.ranks.gather(state_of(trainer.reward)),
             "budget": state_of(self.budget),
         }
+        rollout = self.sampled.everyone if self.sampled and (ahead or with_rollout) else None
         try:
-            save_checkpoint(path, trainer.policy, trainer.optimizer, state, trainer.ranks)
+            if self.saved != self.done:
+                save_checkpoint(
+                    path, trainer.policy, trainer.optimizer, state, trainer.ranks, rollout
+                )
+            elif rollout:
+                save_rollout(path, rollout, trainer.ranks)
         except OSError as error:
             raise RunStopped(
                 f"the checkpoint of step {self.done} cannot be written ({error}); the one before "
@@ -187,39 +241,55 @@ class Run:
         """Go on from the newest checkpoint that is whole; from the start where there is none."""
         trainer = self.trainer
         found = trainer.ranks.gather(self.find_checkpoint() if trainer.ranks.is_main else None)[0]
-        path, state = found or (None, {"logs": dict.fromkeys(LOGS, 0)})
+        self.lengths = found.state["logs"] if found else {}
         if trainer.ranks.is_main:
-            for name, size in state["logs"].items():
-                cut_off(self.output / name, size)
-        if path is None:
+            for name in LOGS:
+                cut_off(self.output / name, self.lengths.get(name, 0))
+        if found is None:
             return
+        path, state = found.path, found.state
         load_checkpoint(path, trainer.policy, trainer.optimizer)
-        trainer.generator = plain_copy(trainer.policy)
+        trainer.weights_changed()
         self.done = self.saved = state["done"]
         self.evaluated = state["evaluated"]
         self.best = state["best"] and tuple(state["best"])
+        trainer.skipped = state["skipped"]
         of_ranks = state["reward"]
         of_reward = of_ranks[trainer.ranks.rank % len(of_ranks)]  # there may be more ranks now
         restore(trainer.reward, of_reward)
         restore(self.budget, state["budget"])
+        if found.rollout:
+            self.sampled = trainer.go_on_with(found.rollout)
         heldout = self.output / "heldout.jsonl"
         trainer.ranks.gather(None)  # the main rank has cut the file off
         self.before = list(read_groups(heldout, step=0))
         self.after = list(read_groups(heldout, step=self.evaluated))
 
-    def find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint whose files are those that were written, with its state."""
+    def find_checkpoint(self) -> Found | None:
+        """The newest checkpoint whose files are those that were written."""
         for path in checkpoints(self.output / "checkpoints"):
             try:
-                return path, read_state(path)
+                state, rollout = read_state(path), read_rollout(path)
+                if state["needs_rollout"] and rollout is None:
+                    raise DamagedCheckpoint(f"{path}: the rollout of its next step is not whole")
+                return Found(path, state, rollout)
             except DamagedCheckpoint as damage:
                 print(f"warning: {damage}; going on from the one before", file=sys.stderr)
         return None
 
+    def measure_files(self) -> None:
+        """Remember how long the files are now: what comes after is of a step that is not whole."""
+        self.lengths = {name: size_of(self.output / name) for name in LOGS}
+
+    def last_words(self) -> str:
+        """What to say where the run has to end without another checkpoint."""
+        where = f"checkpoint of step {self.saved}" if self.saved >= 0 else "start: no step is saved"
+        return f"there was no time to save; go on from the {where}, with --resume {self.output}"
+
 
 def is_due(step: int, every: int) -> bool:
     """Whether something that is done every so many steps is done after this one."""
-    return every > 0 and step % every == 0
+    return every > 0 and step > 0 and step % every == 0
 
 
 def checkpoint_name(step: int) -> str:

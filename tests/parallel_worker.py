@@ -6,6 +6,7 @@ what came out.
 
 import itertools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,9 @@ import torch
 
 from grpo.batches import Sample
 from grpo.config import Config, GRPOConfig, RolloutConfig, TrainConfig
-from grpo.parallel import Ranks, cast_copy, pick_device, shard, start_ranks
+from grpo.parallel import Ranks, pick_device, start_ranks
 from grpo.rollout import Group, Prompt
+from grpo.sharding import frozen_copy, shard
 from grpo.trainer import Trainer, set_advantages
 from tests.tiny import tiny_model, tiny_prompts
 
@@ -63,12 +65,12 @@ def make_trainer(ranks: Ranks, seed: int, dtype: torch.dtype, run: Run) -> Train
         # that is all but 0 would become a whole step.
         train=TrainConfig(learning_rate=1e-3, max_gradient_norm=0.5, adam_epsilon=1e-4),
     )
-    model = tiny_model(run.family, seed)
+    policy = shard(tiny_model(run.family, seed), ranks, dtype)
     return Trainer(
         config=config,
         ranks=ranks,
-        reference=cast_copy(model, dtype),
-        policy=shard(model, ranks, dtype),
+        reference=frozen_copy(policy),
+        policy=policy,
         tokenizer=Numbers(),
         stop_ids=[7, 9],
         reward=reward,
@@ -107,6 +109,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def recorded_rollout(trainer: Trainer, prompts: list[Prompt]) -> list[Group]:
     """Groups that do not depend on the ranks: each rank samples all of them."""
+    trainer.ranks = replace(trainer.ranks, world_size=1, rank=0)
     groups, calls = trainer.sample(prompts, 0, 4)
     calls.finish(groups)
     set_advantages(groups, "group")
@@ -117,12 +120,11 @@ def gradient_of_recorded(ranks: Ranks, seed: int) -> dict:
     """Loss and gradient in bfloat16 on a rollout that is the same however many ranks there are."""
     trainer = make_trainer(ranks, seed, torch.bfloat16, RUNS["untied"])
     prompts = [Prompt(i, str(i), p, {}) for i, p in enumerate(tiny_prompts((5, 12, 8), seed))]
-    groups = ranks.deal(recorded_rollout(trainer, prompts))
+    recorded = recorded_rollout(trainer, prompts)
+    trainer.ranks = ranks
+    groups = ranks.deal(recorded, [group.tokens for group in recorded])
     trainer.config.train.tokens_per_row = 1  # the same rows on one rank and on two
-    samples = [
-        [Sample(group.prompt.token_ids, c, advantage=c.advantage) for c in group.completions]
-        for group in groups
-    ]
+    samples = [[Sample(group.prompt.token_ids, c) for c in group.completions] for group in groups]
     trainer.remember_reference(samples)
     for sample in itertools.chain(*samples):
         sample.reference += 0.1

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from grpo.config import Config, EvaluationConfig, GRPOConfig, RolloutConfig
-from grpo.parallel import Ranks, cast_copy, pick_device, shard, start_ranks
+from grpo.parallel import Ranks, pick_device, start_ranks
 from grpo.rollout import Prompt
+from grpo.sharding import frozen_copy, shard
 from grpo.trainer import Trainer
 from tests.tiny import fresh_seed, tiny_model, tiny_prompts
 
@@ -77,7 +78,7 @@ def test_judging_is_hidden_behind_generation_and_the_reference(
 
 
 def make_trainer(ranks: Ranks, seed: int, judges: LateJudges, max_rows: int) -> Trainer:
-    model = tiny_model("llama", seed)
+    policy = shard(tiny_model("llama", seed), ranks, torch.float32)
     return Trainer(
         config=Config(
             seed=seed,
@@ -86,8 +87,8 @@ def make_trainer(ranks: Ranks, seed: int, judges: LateJudges, max_rows: int) -> 
             evaluation=EvaluationConfig(),
         ),
         ranks=ranks,
-        reference=cast_copy(model, torch.float32),
-        policy=shard(model, ranks, torch.float32),
+        reference=frozen_copy(policy),
+        policy=policy,
         tokenizer=Tokenizer(),
         stop_ids=[7],
         reward=judges,

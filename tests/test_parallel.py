@@ -1,8 +1,5 @@
 """Two ranks against one: the same tokens, losses, gradients and weights."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,28 +8,13 @@ import torch
 from grpo.sampling import random_key
 from tests.parallel_worker import RUNS
 from tests.test_generation import assert_first_difference_is_rounding
-from tests.tiny import fresh_seed, tiny_model
+from tests.tiny import ROOT, fresh_seed, tiny_model, torchrun
 
 pytestmark = pytest.mark.slow  # two process groups train
 
-ROOT = Path(__file__).parent.parent
-
 
 def run_worker(world_size: int, seed: int, folder: Path) -> dict:
-    launcher = [sys.executable]
-    if world_size > 1:
-        launcher += [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={world_size}",
-        ]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    worker = str(ROOT / "tests" / "parallel_worker.py")
-    subprocess.run(
-        [*launcher, worker, str(seed), str(folder)], check=True, env=environment, timeout=300
-    )
+    torchrun(world_size, ROOT / "tests" / "parallel_worker.py", seed, folder)
     return torch.load(folder / f"world{world_size}.pt", weights_only=False)
 
 

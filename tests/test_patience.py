@@ -22,8 +22,11 @@ class Alone(Ranks):
     def gather(self, mine):
         return [mine]
 
+    def stop_if_asked(self):
+        pass
 
-class WithOneThatHasNothing(Ranks):
+
+class WithOneThatHasNothing(Alone):
     """Two ranks, the other of which has scored 8 completions of its 8."""
 
     def gather(self, mine):

@@ -18,7 +18,8 @@ from grpo.checkpoint import (
 )
 from grpo.config import TrainConfig
 from grpo.optimizer import make_optimizer
-from grpo.parallel import Ranks, pick_device, shard, start_ranks
+from grpo.parallel import Ranks, pick_device, start_ranks
+from grpo.sharding import shard
 from tests.tiny import fresh_seed, tiny_model
 
 ROOT = Path(__file__).parent.parent

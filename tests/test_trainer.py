@@ -1,5 +1,7 @@
 """The trainer's update against an independent computation, and its schedule by hand."""
 
+import math
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -9,8 +11,9 @@ from grpo.batches import Sample
 from grpo.config import Config, GRPOConfig, RolloutConfig, TrainConfig
 from grpo.optimizer import learning_rate_factor
 from grpo.packing import plan_rows
-from grpo.parallel import Ranks, cast_copy, pick_device, plain_copy, shard, start_ranks
+from grpo.parallel import Ranks, pick_device, share_out, start_ranks
 from grpo.rollout import Completion, Group, Prompt
+from grpo.sharding import frozen_copy, plain_copy, shard
 from grpo.trainer import Trainer, over_updates
 from tests.tiny import fresh_seed, tiny_model
 
@@ -35,7 +38,7 @@ def make_trainer(ranks: Ranks, seed: int, **train: float) -> Trainer:
             train=TrainConfig(**settings),
         ),
         ranks=ranks,
-        reference=cast_copy(tiny_model("llama", seed + 1), torch.float32),
+        reference=frozen_copy(shard(tiny_model("llama", seed + 1), ranks, torch.float32)),
         policy=shard(model, ranks, torch.float32),
         tokenizer=None,
         stop_ids=[7],
@@ -62,10 +65,7 @@ def some_groups() -> list[Group]:
 
 
 def samples_of(groups: list[Group]) -> list[list[Sample]]:
-    return [
-        [Sample(group.prompt.token_ids, c, advantage=c.advantage) for c in group.completions]
-        for group in groups
-    ]
+    return [[Sample(group.prompt.token_ids, c) for c in group.completions] for group in groups]
 
 
 def run_update(trainer: Trainer, groups: list[Group]) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -203,7 +203,7 @@ def test_two_updates_on_one_rollout(ranks: Ranks) -> None:
     trainer.optimizer = torch.optim.SGD(trainer.policy.parameters(), lr=rate)
     trainer.config.train.learning_rate = rate
     trainer.config.train.learning_rate_decay = "constant"
-    trainer.minibatches = trainer.split(samples_of(groups), prompts=2)
+    trainer.minibatches = list(map(trainer.minibatch, trainer.share(groups)))
     metrics = trainer.update(0)
 
     policy, start = tiny_model("llama", seed), tiny_model("llama", seed)
@@ -231,6 +231,92 @@ def test_two_updates_on_one_rollout(ranks: Ranks) -> None:
     for name, parameter in trainer.policy.named_parameters():
         expected = policy.get_parameter(name)
         torch.testing.assert_close(parameter.full_tensor(), expected, rtol=0, atol=2e-6)
+
+
+def moved_by(trainer: Trainer, groups: list[Group]) -> tuple[dict, dict[str, torch.Tensor]]:
+    trainer.reference, trainer.config.grpo.kl_coef = None, 0.0
+    return run_update(trainer, groups)
+
+
+def recorded_elsewhere(groups: list[Group], seed: int) -> list[Group]:
+    """The groups as another policy would have recorded them: log-probs of a slightly moved one."""
+    other = tiny_model("llama", seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.05)
+        for group in groups:
+            for completion in group.completions:
+                logp = plain_logprobs(other, group.prompt.token_ids, completion.token_ids)
+                completion.logprobs = logp.tolist()
+    return groups
+
+
+@pytest.mark.parametrize("cap", [None, 1.1])
+def test_a_step_ahead_the_ratio_is_to_the_policy_that_sampled(
+    ranks: Ranks, cap: float | None
+) -> None:
+    """Without a cap PPO's clip sees how far the policy has moved since. With one, the clip starts at
+    1, and the gradient is weighed by how much likelier the token has become, up to the cap."""
+    seed = fresh_seed()
+    groups = recorded_elsewhere(some_groups(), seed)
+    trainer = make_trainer(ranks, seed)
+    trainer.config.rollout.ahead, trainer.config.grpo.importance_cap = 1, cap
+    metrics, moved = moved_by(trainer, groups)
+
+    policy = tiny_model("llama", seed)
+    total, count, weights = torch.zeros(()), 0, []
+    for group in groups:
+        for completion in group.completions:
+            new = plain_logprobs(policy, group.prompt.token_ids, completion.token_ids)
+            weight = (new.detach() - torch.tensor(completion.logprobs)).exp()
+            ratio, a = (new - new.detach()).exp(), completion.advantage
+            if cap is None:
+                ratio = ratio * weight
+                gain = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+            else:
+                gain = ratio * a * weight.clamp(max=cap)
+            total, count = total - gain.sum(), count + len(new)
+            weights.append(weight)
+    (total / count).backward()
+    weights = torch.cat(weights)
+    assert weights.max() > 1.2 and weights.min() < 0.8  # so that both bounds act
+    assert metrics["loss"] == pytest.approx((total / count).item(), rel=1e-4)
+    norm = torch.stack([p.grad.norm() for p in policy.parameters()]).norm()
+    for name, parameter in policy.named_parameters():
+        assert (moved[name] - parameter.grad).norm() < 1e-4 * norm, name
+
+
+@pytest.mark.parametrize("rubbish", [math.nan, math.inf])
+def test_an_update_that_is_not_finite_is_not_made(ranks: Ranks, rubbish: float) -> None:
+    seed, groups = fresh_seed(), some_groups()
+    trainer = make_trainer(ranks, seed)
+    groups[0].completions[0].advantage = rubbish
+    for skipped in (1, 2):
+        metrics, moved = moved_by(trainer, groups)
+        assert metrics["skipped"] == 1 and trainer.skipped == skipped
+        assert not any(change.any() for change in moved.values())
+    metrics, moved = moved_by(trainer, some_groups())  # nothing is left of them
+    assert metrics["skipped"] == 0 and trainer.skipped == 0
+    _, expected = moved_by(make_trainer(ranks, seed), some_groups())
+    assert all(torch.equal(moved[name], change) for name, change in expected.items())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_work_is_shared_out_evenly(ranks: int) -> None:
+    """Every piece once; nobody has more than the others but for one piece."""
+    generator = random.Random(fresh_seed())
+    for count in (0, 1, 5, 64):
+        work = [generator.randint(1, 1000) for _ in range(count)]
+        shares = share_out(work, ranks)
+        assert sorted(i for share in shares for i in share) == list(range(count))
+        assert all(share == sorted(share) for share in shares)
+        loads = [sum(work[i] for i in share) for share in shares]
+        assert max(loads) - min(loads) <= max(work, default=0)
+
+
+def test_ranks_with_short_work_take_more() -> None:
+    assert share_out([9, 1, 1, 1, 1, 1, 4], 2) == [[0], [1, 2, 3, 4, 5, 6]]
+    assert share_out([5, 5, 5, 5], 2) == [[0, 2], [1, 3]]
 
 
 def test_rows_by_hand() -> None:

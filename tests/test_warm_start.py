@@ -25,11 +25,12 @@ from data.tiny_policy import (
     train_tokenizer,
 )
 from grpo.config import ConfigError, TrainConfig
-from grpo.parallel import Ranks, shard, start_ranks
+from grpo.parallel import Ranks, start_ranks
 from grpo.policy import load_policy, load_tokenizer
 from grpo.prompts import make_prompts
 from grpo.rollout import Completion
 from grpo.sampling import Sampling
+from grpo.sharding import give_memory, shard
 from tests.tiny import fresh_seed
 
 CPU = torch.device("cpu")
@@ -91,7 +92,11 @@ def start(records, tmp_path_factory):
 
 @pytest.fixture
 def policy(start):
-    return load_policy(str(start), CPU)
+    """With weights, as if sharded already."""
+    policy = load_policy(str(start), CPU)
+    give_memory(policy.model, CPU)
+    policy.weights.fill(policy.model)
+    return policy
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +188,7 @@ def test_the_loss_falls_and_weights_stay_in_float32(records, policy, compute_dty
     groups = warm_start.demonstration_groups(policy, records, group_size=2, seed=0)
     recipe = TrainConfig(steps=30, learning_rate=PEAK)
     with start_ranks(CPU) as ranks:
-        model = shard(policy.model, ranks, compute_dtype)
+        model = shard(policy.model, ranks, compute_dtype, policy.weights.fill)
         losses = warm_start.train(model, groups, recipe, groups_per_step=2)
     print(losses)
     assert losses[0] == pytest.approx(math.log(VOCABULARY_SIZE), abs=0.3)  # it knows nothing
@@ -329,12 +334,12 @@ def test_the_embedded_policy_is_the_same_each_time_it_is_made(tmp_path, records_
 
 def test_the_embedded_policy_starts_from_its_seed(records):
     seed = fresh_seed()
+    name = "model.layers.0.mlp.up_proj.weight"
     one, same, other = (
-        warm_start.embedded_start(records, each).model.state_dict()
+        warm_start.embedded_start(records, each).weights.rows(name, 0, 4)
         for each in (seed, seed, seed + 1)
     )
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert torch.equal(one[name], same[name]) and not torch.equal(one[name], other[name])
+    assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 def test_the_embedded_policy_learns_the_tokens_that_training_will_read(

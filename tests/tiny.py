@@ -2,6 +2,10 @@
 
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+ROOT = Path(__file__).parent.parent
 VOCABULARY = 97
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
@@ -63,6 +68,17 @@ def tiny_prompts(lengths: tuple[int, ...], seed: int) -> list[list[int]]:
     """Random token ids, one prompt per length."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def torchrun(processes: int, *command: Any, **options: Any) -> subprocess.CompletedProcess:
+    """A script and its arguments under torchrun, or (1 process) without it."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    settings = {"check": True, "timeout": 300, "env": environment, "cwd": ROOT} | options
+    return subprocess.run([*launcher, *map(str, command)], **settings)
 
 
 class Float64RMSNorm(nn.Module):
