@@ -25,7 +25,7 @@ import data
 from grpo.checkpoint import export_policy
 from grpo.config import Config, ConfigError, Flags, load_config, to_toml
 from grpo.interruption import Interrupted
-from grpo.parallel import Ranks, pick_device, start_ranks
+from grpo.parallel import Ranks, pick_device, start_ranks, tells_of_lost_peer
 from grpo.patience import RunStopped
 from grpo.policy import context_length, load_policy, load_tokenizer
 from grpo.prompts import Messages, check_lengths, count_steps, make_prompts
@@ -89,6 +89,16 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped: {error}; go on with --resume {config.output}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
+    except RuntimeError as error:
+        if not tells_of_lost_peer(error):
+            raise
+        rank, why = os.environ.get("RANK", "0"), str(error).partition(". ")[0]
+        print(
+            f"stopped: rank {rank}: another process of this run has ended ({why}); go on with "
+            f"--resume {config.output}",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def read_command_line(argv: list[str]) -> tuple[RunConfig, bool]:

@@ -45,11 +45,11 @@ class Ranks:
 
     def collect(self, mine: Sequence[T], work: Sequence[float]) -> list[T]:
         """The shares of all ranks, on every rank, in the order from which `deal` dealt them."""
-        shares = zip(share_out(work, self.world_size), self.gather(list(mine)), strict=True)
-        places = {
-            i: item for indices, items in shares for i, item in zip(indices, items, strict=True)
-        }
-        return [places[i] for i in range(len(work))]
+        found: dict[int, T] = {}
+        shares = share_out(work, self.world_size)
+        for indices, items in zip(shares, self.gather(list(mine)), strict=True):
+            found |= zip(indices, items, strict=True)
+        return [found[i] for i in range(len(work))]
 
     def gather(self, mine: T) -> list[T]:
         """What each rank has, on every rank, in the order of ranks."""
@@ -158,3 +158,9 @@ def start_ranks(device: torch.device, *, hybrid: bool = False) -> Iterator[Ranks
         yield Ranks(dist.get_rank(), world_size, device, mesh)
     finally:
         dist.destroy_process_group()
+
+
+def tells_of_lost_peer(error: RuntimeError) -> bool:
+    """Whether an error of PyTorch says that another process of the group is gone."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)

@@ -129,7 +129,10 @@ class PermReward:
         future = RewardFuture()
         future.set_running_or_notify_cancel()
         parsed = parse_completion(text)
-        scoring = self._background.start(self._score(seeker, parsed, completion_tokens))
+        # The weights of this moment: they may move before the judges have answered.
+        scoring = self._background.start(
+            self._score(seeker, parsed, completion_tokens, self.config)
+        )
         scoring.add_done_callback(lambda scoring: self._deliver(scoring, parsed, future))
         return future
 
@@ -202,11 +205,15 @@ class PermReward:
     # --- one completion -------------------------------------------------------------------------
 
     async def _score(
-        self, seeker: Seeker, parsed: ParsedCompletion, completion_tokens: int
+        self,
+        seeker: Seeker,
+        parsed: ParsedCompletion,
+        completion_tokens: int,
+        config: RewardConfig,
     ) -> dict[str, Any]:
         """The details of one completion, judged by all four roles at once."""
-        if not parsed.well_formed and self.config.format_failure == "lowest":
-            return self._details(parsed, [], lowest_reward(completion_tokens, self.config))
+        if not parsed.well_formed and config.format_failure == "lowest":
+            return self._details(parsed, [], lowest_reward(completion_tokens, config))
 
         verdicts = await self._verdicts(seeker, parsed)
         scores = [verdict.score for verdict in verdicts if verdict.score is not None]
@@ -214,7 +221,7 @@ class PermReward:
             return self._details(parsed, verdicts, None)
         resonation, expression, reception, bystander = scores  # in the order of ROLES
         breakdown = perm_reward(
-            resonation, expression, reception, bystander, completion_tokens, self.config
+            resonation, expression, reception, bystander, completion_tokens, config
         )
         return self._details(parsed, verdicts, breakdown)
 
