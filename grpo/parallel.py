@@ -153,11 +153,19 @@ def start_ranks(device: torch.device, *, hybrid: bool = False) -> Iterator[Ranks
     try:
         world_size = dist.get_world_size()
         within = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if hybrid else world_size
-        nodes = (world_size // within,) if within < world_size else ()
-        mesh = init_device_mesh(device.type, (*nodes, within))
+        mesh = make_mesh(device, within, world_size)
         yield Ranks(dist.get_rank(), world_size, device, mesh)
     finally:
         dist.destroy_process_group()
+
+
+def make_mesh(device: torch.device, within: int, world_size: int) -> DeviceMesh:
+    """What weights are sharded over: all ranks, or so many; in the latter case they are replicated
+    over the groups of these, which are the mesh's first dimension."""
+    if within == world_size:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    shape = (world_size // within, within)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def tells_of_lost_peer(error: RuntimeError) -> bool:
