@@ -9,6 +9,7 @@ when the run goes on, and written again, the same to the last bit.
 """
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +142,7 @@ class Run:
     def take_step(self) -> dict[str, float]:
         """One step; returns its metrics. Raises RunStopped where updates have become impossible."""
         trainer, is_main, step = self.trainer, self.trainer.ranks.is_main, self.done + 1
+        start = time.perf_counter()
         if self.sampled is None:
             self.asked_with = state_of(trainer.reward)
             self.sampled = self.sample(step)
@@ -155,6 +157,7 @@ class Run:
         if hasattr(trainer.reward, "after_step"):
             details = [c.details for group in groups for c in group.completions]
             metrics |= trainer.reward.after_step(details)
+        metrics["seconds_step"] = time.perf_counter() - start
         if is_main:
             append_line(self.output / "metrics.jsonl", metrics)
             for warning in warnings_of(metrics):
