@@ -280,7 +280,7 @@ def keeping_verdicts(
         with ranks.failing_together():
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 try:
-                    store = VerdictStore(path)
+                    store = VerdictStore(path, beside=resume)
                     reward.judge.store = store
                     if ranks.world_size > 1:
                         held.enter_context(serve_store(store, socket_path(path)))
@@ -289,7 +289,7 @@ def keeping_verdicts(
         if ranks.world_size > 1:
             reward.judge.store = RemoteStore(socket_path(path))
         if resume:  # all that is kept was paid by this run; its checkpoint, if any, says what for
-            reward.judge.charge_after(0)
+            reward.charge_after("")
         yield
 
 

@@ -142,6 +142,11 @@ class PermReward:
         """What the calls have cost so far, by role; empty for a judge that does not say."""
         return self.judge.costs() if isinstance(self.judge, Panel) else {}
 
+    def charge_after(self, moment: str) -> None:
+        """See `Panel.charge_after`; nothing for a judge that does not say what it costs."""
+        if isinstance(self.judge, Panel):
+            self.judge.charge_after(moment)
+
     def forget_failures(self) -> None:
         """From now on, ask anew for verdicts that failed and were kept as failures."""
         if hasattr(self.judge, "forget_failures"):
@@ -173,16 +178,11 @@ class PermReward:
 
     def state_dict(self) -> dict[str, float]:
         """What changes from step to step, in this process."""
-        newest = 0
-        if isinstance(self.judge, Panel):
-            newest = self._background.start(self.judge.newest()).result()
-        return {"bystander_weight": self.config.bystander_weight, "newest_verdict": newest}
+        return {"bystander_weight": self.config.bystander_weight}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from there, before the first completion is submitted."""
         self.config = replace(self.config, bystander_weight=state["bystander_weight"])
-        if isinstance(self.judge, Panel):
-            self.judge.charge_after(int(state["newest_verdict"]))
 
     def counts(self) -> dict[str, int]:
         """How many verdicts are missing so far, by role and cause: {"reception: timeout": 3}."""
