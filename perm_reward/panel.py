@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from perm_reward.judges import Judge, Traffic
 from perm_reward.judges.clock import call_begins, call_rests
 from perm_reward.prompts import Seeker
+from perm_reward.rubrics import RUBRICS, Rubric
 from perm_reward.verdict import Usage, Verdict
 from perm_reward.verdict_store import verdict_key
 
@@ -96,6 +97,7 @@ class Panel:
         samples: how many verdicts of each role count for a text, 1 or more.
         prices: of each role's tokens.
         store: keeps the verdicts, and is closed with the panel; None: nothing is kept.
+        rubrics: what the judges are told.
     """
 
     def __init__(
@@ -104,8 +106,10 @@ class Panel:
         samples: Mapping[str, int],
         prices: Mapping[str, Prices],
         store: Store | None = None,
+        rubrics: Mapping[str, Rubric] = RUBRICS,
     ) -> None:
         self.judges = dict(judges)
+        self.rubrics = rubrics
         self._distinct = list({id(judge): judge for judge in judges.values()}.values())
         self.samples = samples
         self.prices = prices

@@ -70,6 +70,7 @@ class PermReward:
         self.tokenizer = tokenizer
         self.completion_seconds = completion_seconds
         self._label = judge.label
+        self._rubrics = getattr(judge, "rubrics", RUBRICS)
         self._background = BackgroundLoop(last=judge.close)
         self._causes: Counter[str] = Counter()
         self._causes_lock = threading.Lock()
@@ -256,7 +257,8 @@ class PermReward:
         verdicts: Sequence[Verdict],
         breakdown: RewardBreakdown | None,
     ) -> dict[str, Any]:
-        found = sorted({*flags(parsed.analysis), *flags(parsed.response)})
+        parts = parsed.analysis, parsed.response
+        found = sorted({name for part in parts for name in flags(part, self._rubrics)})
         return {
             "judge": self._label,
             **asdict(parsed),

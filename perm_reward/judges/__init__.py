@@ -37,9 +37,9 @@ class Traffic:
 class Judge(Protocol):
     """Gives verdicts. All calls come from one asyncio loop, many of them at once.
 
-    Two more attributes are used where a judge has them: `asked(role, seeker, judged_text)`, a
-    dictionary fit for JSON of everything that determines a verdict, under which it is kept; and
-    `traffic`, where its calls are.
+    Three more attributes are used where a judge has them: `asked(role, seeker, judged_text)`, a
+    dictionary fit for JSON of everything that determines a verdict, under which it is kept;
+    `traffic`, where its calls are; and `rubrics`, what it is told, where that is not the package's.
     """
 
     label: str
@@ -96,6 +96,7 @@ def make_judge(
             for role, own in of_role.items()
         },
         store=store,
+        rubrics=rubrics,
     )
 
 

@@ -84,9 +84,16 @@ class OpenAIJudge:
         return Verdict(role, None, words, failure, call.usage)
 
     def asked(self, role: str, seeker: Seeker, judged_text: str) -> dict[str, Any]:
-        """All that determines a verdict, fit for JSON, as far as the endpoint takes it."""
+        """All that determines a verdict, fit for JSON, as far as the endpoint takes it.
+
+        A model of the same name elsewhere may be another one, so the addresses are part of it (they
+        hold no secrets: see `JudgeConfig.endpoints`). The form of a request is not, schema or plain
+        text: it is found out while a run goes on, and found anew, perhaps otherwise, by a run that
+        is resumed, which would then not find what it has paid for.
+        """
         return {
             "messages": self._messages(role, seeker, judged_text),
+            "addresses": sorted({endpoint.connection.url for endpoint in self.endpoints}),
             "model": self.config.model,
             "temperature": self.config.temperature,
             "top_p": self.config.top_p,
