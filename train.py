@@ -216,7 +216,7 @@ def make_reward(config: RunConfig, ranks: Ranks) -> RewardFunction:
         return import_reward(config.reward)
     try:
         share = ranks.rank, ranks.world_size
-        judge = make_judge(config.judge, seed=config.seed, share=share)
+        judge = make_judge(config.judge, seed=config.seed, share=share, device=ranks.device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return PermReward(judge, config.perm, completion_seconds=config.judge.completion_seconds)

@@ -291,6 +291,16 @@ def test_the_judges_key_is_looked_for_on_every_rank(monkeypatch: pytest.MonkeyPa
             train.make_reward(config, Ranks(rank, 2, torch.device("cpu"), mesh=None))
 
 
+def test_a_local_judge_goes_where_the_policy_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+    loads = "perm_reward.judges.local.load_score_reader"
+    monkeypatch.setattr(loads, lambda name, device, rubrics: devices.append(device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    train.make_reward(train.RunConfig(judge=train.JudgeConfig(kind="local")), ranks)
+    assert devices == [torch.device("cpu")]
+
+
 def test_only_the_main_rank_asks_the_judge_for_a_first_reply() -> None:
     """Hundreds of ranks would be hundreds of paid calls before any work."""
     nobody = train.JudgeConfig(kind="openai", base_url="http://127.0.0.1:9/v1")

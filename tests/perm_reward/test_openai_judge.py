@@ -367,8 +367,10 @@ def test_a_model_of_the_same_name_elsewhere_is_another_judge(monkeypatch):
         monkeypatch.setenv(name, f"sk-{name}")
 
     def asked(base_url, api_key_variable="A"):
-        config = JudgeConfig("openai", "tiny", base_url, api_key_variable)
-        return OpenAIJudge(config).asked("reception", ANNA, "I hear you.")
+        where = {"base_url": base_url, "api_key_variable": api_key_variable}
+        return OpenAIJudge(JudgeConfig(kind="openai", model="tiny", **where)).asked(
+            "reception", ANNA, "I hear you."
+        )
 
     one, other, both = "http://a/v1", "http://b/v1", "http://a/v1,http://b/v1"
     assert asked(one) != asked(other) and asked(one) != asked("")
