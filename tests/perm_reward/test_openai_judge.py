@@ -721,6 +721,21 @@ def test_only_what_is_refused_is_left_out_and_found_out_once(judge_server, refus
     assert len(judge_server.exchanges) == len(refusals) + 2
 
 
+@pytest.mark.parametrize("names", [["temperature"], ["temperature", "top_p"], ["response_format"]])
+def test_sampling_otherwise_than_asked_is_told_once(judge_server, caplog, names):
+    errors = [{"error": {"message": f"{name} is not supported"}} for name in names]
+    judge_server.answer = refusing(*zip(map(holds, names), errors, strict=True))
+    assert [v.score for v in ask(config_for(judge_server), ["expression"] * 4)] == [4] * 4
+    ways = " and ".join(set(names) & {"temperature", "top_p"} and names)
+    told = (
+        f"tiny at {judge_server.url} refuses {ways}: it is asked without, and samples as it likes"
+    )
+    assert caplog.messages == ([told] if ways else [])
+    caplog.clear()
+    OpenAIJudge(config_for(judge_server)).check()
+    assert caplog.messages == ([told] if ways else [])
+
+
 def test_a_value_that_is_out_of_range_is_not_left_out(judge_server):
     """The settings ask for it: to sample otherwise without a word would be worse than to stop."""
     said = "Invalid 'temperature': decimal above maximum value. Expected a value <= 2, but got 3."
