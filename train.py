@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 import data
 from grpo.checkpoint import export_policy
-from grpo.config import Config, ConfigError, Flags, load_config, to_toml
+from grpo.config import Config, ConfigError, Flags, load_config, read_flags, to_toml
 from grpo.parallel import Ranks, cast_copy, pick_device, shard, start_ranks
 from grpo.patience import RunStopped
 from grpo.policy import context_length, load_policy, load_tokenizer
@@ -91,24 +91,33 @@ def main() -> None:
 def read_command_line(argv: list[str]) -> tuple[RunConfig, bool]:
     """The settings, and whether they are those of a run that goes on."""
     flags = RunFlags()
-    config = load_config(RunConfig, argv, flags=flags)
-    run = flags.resume
-    if not run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and config.output:
-        run = config.output if (Path(config.output) / "config.toml").exists() else ""
-    if run:
-        settings = Path(run) / "config.toml"
-        if not settings.exists():
-            raise ConfigError(f"--resume {run}: no run is there; name the folder of a run")
+    read_flags(RunConfig, argv, flags)
+    if flags.resume and not flags.help:
         if flags.config:
             raise ConfigError(
                 f"--config {flags.config}: not beside --resume, which has the run's own settings; "
                 "give what is to change on the command line"
             )
-        again = [*argv, f"--config={settings}", f"--output={run}"]
-        return load_config(RunConfig, again, flags=RunFlags()), True
+        return settings_of_run(flags.resume, argv), True
+    config = load_config(RunConfig, argv, flags=flags)
     if not config.output:
         config.output = f"runs/{flags.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and holds_run(config.output):
+        return settings_of_run(config.output, argv), True
     return config, False
+
+
+def settings_of_run(run: str, argv: list[str]) -> RunConfig:
+    """Those of the run in this folder, except for what `argv` gives anew."""
+    if not holds_run(run):
+        raise ConfigError(f"--resume {run}: no run is there; name the folder of a run")
+    again = [*argv, f"--config={run}/config.toml", f"--output={run}"]
+    return load_config(RunConfig, again, flags=RunFlags())
+
+
+def holds_run(folder: str) -> bool:
+    """Whether there is a run to go on with."""
+    return (Path(folder) / "config.toml").exists()
 
 
 def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> None:
