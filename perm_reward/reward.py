@@ -70,6 +70,7 @@ class PermReward:
         self.tokenizer = tokenizer
         self.completion_seconds = completion_seconds
         self._label = judge.label
+        self._rubrics = getattr(judge, "rubrics", RUBRICS)
         self._background = BackgroundLoop(last=judge.close)
         self._causes: Counter[str] = Counter()
         self._causes_lock = threading.Lock()
@@ -145,6 +146,11 @@ class PermReward:
         """What the calls have cost so far, by role; empty for a judge that does not say."""
         return self.judge.costs() if isinstance(self.judge, Panel) else {}
 
+    def charge_after(self, moment: str) -> None:
+        """See `Panel.charge_after`; nothing for a judge that does not say what it costs."""
+        if isinstance(self.judge, Panel):
+            self.judge.charge_after(moment)
+
     def forget_failures(self) -> None:
         """From now on, ask anew for verdicts that failed and were kept as failures."""
         if hasattr(self.judge, "forget_failures"):
@@ -176,16 +182,11 @@ class PermReward:
 
     def state_dict(self) -> dict[str, float]:
         """What changes from step to step, in this process."""
-        newest = 0
-        if isinstance(self.judge, Panel):
-            newest = self._background.start(self.judge.newest()).result()
-        return {"bystander_weight": self.config.bystander_weight, "newest_verdict": newest}
+        return {"bystander_weight": self.config.bystander_weight}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from there, before the first completion is submitted."""
         self.config = replace(self.config, bystander_weight=state["bystander_weight"])
-        if isinstance(self.judge, Panel):
-            self.judge.charge_after(int(state["newest_verdict"]))
 
     def counts(self) -> dict[str, int]:
         """How many verdicts are missing so far, by role and cause: {"reception: timeout": 3}."""
@@ -263,7 +264,8 @@ class PermReward:
         verdicts: Sequence[Verdict],
         breakdown: RewardBreakdown | None,
     ) -> dict[str, Any]:
-        found = sorted({*flags(parsed.analysis), *flags(parsed.response)})
+        parts = parsed.analysis, parsed.response
+        found = sorted({name for part in parts for name in flags(part, self._rubrics)})
         return {
             "judge": self._label,
             **asdict(parsed),
