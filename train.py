@@ -24,10 +24,10 @@ from transformers.utils import logging as transformers_logging
 
 import data
 from grpo.checkpoint import export_policy
-from grpo.config import Config, ConfigError, Flags, load_config, to_toml
+from grpo.config import Config, ConfigError, Flags, load_config, read_flags, to_toml
 from grpo.interruption import Interrupted
 from grpo.lora import add_adapters, draw_adapters
-from grpo.parallel import Ranks, pick_device, start_ranks
+from grpo.parallel import Ranks, pick_device, start_ranks, tells_of_lost_peer
 from grpo.patience import RunStopped
 from grpo.policy import context_length, load_policy, load_tokenizer
 from grpo.prompts import Messages, check_lengths, count_steps, make_prompts
@@ -91,29 +91,48 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"stopped: {error}; go on with --resume {config.output}", file=sys.stderr)
         sys.exit(getattr(error, "exit_code", 1))
+    except RuntimeError as error:
+        if not tells_of_lost_peer(error):
+            raise
+        rank, why = os.environ.get("RANK", "0"), str(error).partition(". ")[0]
+        print(
+            f"stopped: rank {rank}: another process of this run has ended ({why}); go on with "
+            f"--resume {config.output}",
+            file=sys.stderr,
+        )
+        sys.exit(1)
 
 
 def read_command_line(argv: list[str]) -> tuple[RunConfig, bool]:
     """The settings, and whether they are those of a run that goes on."""
     flags = RunFlags()
-    config = load_config(RunConfig, argv, flags=flags)
-    run = flags.resume
-    if not run and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and config.output:
-        run = config.output if (Path(config.output) / "config.toml").exists() else ""
-    if run:
-        settings = Path(run) / "config.toml"
-        if not settings.exists():
-            raise ConfigError(f"--resume {run}: no run is there; name the folder of a run")
+    read_flags(RunConfig, argv, flags)
+    if flags.resume and not flags.help:
         if flags.config:
             raise ConfigError(
                 f"--config {flags.config}: not beside --resume, which has the run's own settings; "
                 "give what is to change on the command line"
             )
-        again = [*argv, f"--config={settings}", f"--output={run}"]
-        return load_config(RunConfig, again, flags=RunFlags()), True
+        return settings_of_run(flags.resume, argv), True
+    config = load_config(RunConfig, argv, flags=flags)
     if not config.output:
         config.output = f"runs/{flags.preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and holds_run(config.output):
+        return settings_of_run(config.output, argv), True
     return config, False
+
+
+def settings_of_run(run: str, argv: list[str]) -> RunConfig:
+    """Those of the run in this folder, except for what `argv` gives anew."""
+    if not holds_run(run):
+        raise ConfigError(f"--resume {run}: no run is there; name the folder of a run")
+    again = [*argv, f"--config={run}/config.toml", f"--output={run}"]
+    return load_config(RunConfig, again, flags=RunFlags())
+
+
+def holds_run(folder: str) -> bool:
+    """Whether there is a run to go on with."""
+    return (Path(folder) / "config.toml").exists()
 
 
 def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> None:
@@ -236,7 +255,7 @@ def make_reward(config: RunConfig, ranks: Ranks) -> RewardFunction:
         return import_reward(config.reward)
     try:
         share = ranks.rank, ranks.world_size
-        judge = make_judge(config.judge, seed=config.seed, share=share)
+        judge = make_judge(config.judge, seed=config.seed, share=share, device=ranks.device)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return PermReward(judge, config.perm, completion_seconds=config.judge.completion_seconds)
@@ -300,7 +319,7 @@ def keeping_verdicts(
         with ranks.failing_together():
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 try:
-                    store = VerdictStore(path)
+                    store = VerdictStore(path, beside=resume)
                     reward.judge.store = store
                     if ranks.world_size > 1:
                         held.enter_context(serve_store(store, socket_path(path)))
@@ -309,7 +328,7 @@ def keeping_verdicts(
         if ranks.world_size > 1:
             reward.judge.store = RemoteStore(socket_path(path))
         if resume:  # all that is kept was paid by this run; its checkpoint, if any, says what for
-            reward.judge.charge_after(0)
+            reward.charge_after("")
         yield
 
 

@@ -52,7 +52,8 @@ def ours(case: Case) -> Iterator[None]:
         train=TrainConfig(learning_rate=LEARNING_RATE, gradient_checkpointing=True),
     )
     with start_ranks(pick_device("auto")) as ranks:
-        policy = shard(make_model(case.model, torch.float32), ranks, torch.bfloat16)
+        model = make_model(case.model, torch.float32)
+        policy = shard(model, ranks, torch.bfloat16)
         trainer = grpo.trainer.Trainer(
             config=config,
             ranks=ranks,

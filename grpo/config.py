@@ -10,9 +10,17 @@ line:
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from grpo.config_loader import ConfigError, Flags, load_config, spell, to_dict, to_toml
+from grpo.config_loader import (
+    ConfigError,
+    Flags,
+    load_config,
+    read_flags,
+    spell,
+    to_dict,
+    to_toml,
+)
 
-__all__ = ["Config", "ConfigError", "Flags", "load_config", "to_dict", "to_toml"]
+__all__ = ["Config", "ConfigError", "Flags", "load_config", "read_flags", "to_dict", "to_toml"]
 
 
 def check(section: Any, name: str, holds: bool, allowed: str) -> None:

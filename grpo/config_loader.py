@@ -72,8 +72,7 @@ def load_config(
     default = config_class()
     settings, flag_settings = find_settings(default), find_settings(flags)
     given = read_command_line(argv, settings | flag_settings)
-    for name in flag_settings.keys() & given.keys():
-        setattr(flags, name, given[name])
+    read_flags(config_class, argv, flags)
     preset_files = {path.stem: path for path in sorted(presets.glob("*.toml"))}
     if flags.help:
         exit_with(help_text(settings, flag_settings, preset_files))
@@ -88,6 +87,14 @@ def load_config(
     if flags.print_config:
         exit_with(to_toml(config))
     return config
+
+
+def read_flags(config_class: type[Any], argv: list[str], flags: Flags) -> None:
+    """Fill in what `argv` says of flags, and do nothing that they ask for; see `load_config`."""
+    flag_settings = find_settings(flags)
+    given = read_command_line(argv, find_settings(config_class()) | flag_settings)
+    for name in flag_settings.keys() & given.keys():
+        setattr(flags, name, given[name])
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -91,15 +91,14 @@ def watch(pipe: int, last_words: Callable[[], str]) -> None:
     """End the process when a second signal comes through the pipe, or the time after one is up."""
     if not (number := next_signal(pipe, None)):
         return
-    print(
-        f"{signal.Signals(number).name}: saving; again to end at once", file=sys.stderr, flush=True
-    )
+    name = signal.Signals(number).name
+    print(f"{name}: saving; again to end at once", file=sys.stderr, flush=True)
     ends = time.monotonic() + SECONDS_OF_ECHO
     while (seconds := ends - time.monotonic()) > 0:
         if next_signal(pipe, seconds) == 0:
             return
     if next_signal(pipe, SECONDS_TO_SAVE - SECONDS_OF_ECHO) != 0:
-        print(f"stopped: {last_words()}", file=sys.stderr, flush=True)
+        print(f"stopped: {name}: {last_words()}", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
 

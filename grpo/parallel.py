@@ -45,11 +45,11 @@ class Ranks:
 
     def collect(self, mine: Sequence[T], work: Sequence[float]) -> list[T]:
         """The shares of all ranks, on every rank, in the order from which `deal` dealt them."""
-        shares = zip(share_out(work, self.world_size), self.gather(list(mine)), strict=True)
-        places = {
-            i: item for indices, items in shares for i, item in zip(indices, items, strict=True)
-        }
-        return [places[i] for i in range(len(work))]
+        found: dict[int, T] = {}
+        shares = share_out(work, self.world_size)
+        for indices, items in zip(shares, self.gather(list(mine)), strict=True):
+            found |= zip(indices, items, strict=True)
+        return [found[i] for i in range(len(work))]
 
     def gather(self, mine: T) -> list[T]:
         """What each rank has, on every rank, in the order of ranks."""
@@ -153,8 +153,22 @@ def start_ranks(device: torch.device, *, hybrid: bool = False) -> Iterator[Ranks
     try:
         world_size = dist.get_world_size()
         within = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if hybrid else world_size
-        nodes = (world_size // within,) if within < world_size else ()
-        mesh = init_device_mesh(device.type, (*nodes, within))
+        mesh = make_mesh(device, within, world_size)
         yield Ranks(dist.get_rank(), world_size, device, mesh)
     finally:
         dist.destroy_process_group()
+
+
+def make_mesh(device: torch.device, within: int, world_size: int) -> DeviceMesh:
+    """What weights are sharded over: all ranks, or so many; in the latter case they are replicated
+    over the groups of these, which are the mesh's first dimension."""
+    if within == world_size:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    shape = (world_size // within, within)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def tells_of_lost_peer(error: RuntimeError) -> bool:
+    """Whether an error of PyTorch says that another process of the group is gone."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "timed out")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)

@@ -9,6 +9,7 @@ when the run goes on, and written again, the same to the last bit.
 """
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,8 +72,9 @@ class Run:
     """A run of `trainer` over `prompts`, in the folder `output`.
 
     done: steps taken so far; evaluated, saved: after how many the latest evaluation and checkpoint
-    were made, −1: none; sampled: the next step's rollout, where it was begun; before, after: the
-    first and the latest evaluation; remarks: what the summary is to say of how it went.
+    were made, −1: none; sampled: the next step's rollout, where it was begun, and asked_with: the
+    reward's state at that time; before, after: the first and the latest evaluation; remarks: what
+    the summary is to say of how it went; lengths: of the files, after the latest whole step.
     """
 
     config: Config
@@ -85,6 +87,7 @@ class Run:
     evaluated: int = -1
     saved: int = -1
     sampled: Rollout | None = None
+    asked_with: Any = None
     best: tuple[float, str] | None = None
     before: list[Group] = field(default_factory=list)
     after: list[Group] = field(default_factory=list)
@@ -139,17 +142,22 @@ class Run:
     def take_step(self) -> dict[str, float]:
         """One step; returns its metrics. Raises RunStopped where updates have become impossible."""
         trainer, is_main, step = self.trainer, self.trainer.ranks.is_main, self.done + 1
-        rollout = self.sampled = self.sampled or self.sample(step)
+        start = time.perf_counter()
+        if self.sampled is None:
+            self.asked_with = state_of(trainer.reward)
+            self.sampled = self.sample(step)
+        rollout, asked_with = self.sampled, state_of(trainer.reward)
         following = self.sample(step + 1) if self.may_go_ahead() else None
         groups = trainer.finish_rollout(rollout)
         if is_main:  # before the update: verdicts are paid for
             write_groups(self.output / "rollouts.jsonl", step, groups)
         metrics = {"step": step, **rollout_metrics(groups), **trainer.update(step - 1)}
-        self.done, self.sampled = step, following
+        self.done, self.sampled, self.asked_with = step, following, asked_with
         metrics |= self.spent(groups)
         if hasattr(trainer.reward, "after_step"):
             details = [c.details for group in groups for c in group.completions]
             metrics |= trainer.reward.after_step(details)
+        metrics["seconds_step"] = time.perf_counter() - start
         if is_main:
             append_line(self.output / "metrics.jsonl", metrics)
             for warning in warnings_of(metrics):
@@ -158,8 +166,8 @@ class Run:
         if trainer.skipped >= self.config.train.max_skipped:
             raise RunStopped(
                 f"{trainer.skipped} updates in a row, the last in step {step}, had a loss or "
-                "gradient that is not finite (train.max_skipped): none was made, the policy is that "
-                "of before them; rollouts.jsonl has what they were to learn from"
+                "gradient that is not finite (train.max_skipped): none was made, the policy is "
+                "that of before them; rollouts.jsonl has what they were to learn from"
             )
         return metrics
 
@@ -209,7 +217,7 @@ class Run:
         """
         trainer, folder = self.trainer, self.output / "checkpoints"
         path = folder / checkpoint_name(self.done)
-        ahead = self.config.rollout.ahead > 0
+        ahead, of_reward = self.config.rollout.ahead > 0, state_of(trainer.reward)
         state = {
             "done": self.done,
             "evaluated": self.evaluated,
@@ -217,7 +225,8 @@ class Run:
             "skipped": trainer.skipped,
             "logs": self.lengths,
             "needs_rollout": ahead and self.sampled is not None,
-            "reward": trainer.ranks.gather(state_of(trainer.reward)),
+            "reward": trainer.ranks.gather(of_reward),
+            "asked_with": trainer.ranks.gather(self.asked_with if self.sampled else of_reward),
             "budget": state_of(self.budget),
         }
         rollout = self.sampled.everyone if self.sampled and (ahead or with_rollout) else None
@@ -254,12 +263,13 @@ class Run:
         self.evaluated = state["evaluated"]
         self.best = state["best"] and tuple(state["best"])
         trainer.skipped = state["skipped"]
-        of_ranks = state["reward"]
-        of_reward = of_ranks[trainer.ranks.rank % len(of_ranks)]  # there may be more ranks now
-        restore(trainer.reward, of_reward)
+        rank = trainer.ranks.rank % len(state["reward"])  # there may be more ranks now
         restore(self.budget, state["budget"])
         if found.rollout:
+            self.asked_with = state["asked_with"][rank]
+            restore(trainer.reward, self.asked_with)
             self.sampled = trainer.go_on_with(found.rollout)
+        restore(trainer.reward, state["reward"][rank])
         heldout = self.output / "heldout.jsonl"
         trainer.ranks.gather(None)  # the main rank has cut the file off
         self.before = list(read_groups(heldout, step=0))

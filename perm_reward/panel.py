@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from perm_reward.judges import Judge, Traffic
 from perm_reward.judges.clock import call_begins, call_rests
 from perm_reward.prompts import Seeker
+from perm_reward.rubrics import RUBRICS, Rubric
 from perm_reward.verdict import Usage, Verdict
 from perm_reward.verdict_store import verdict_key
 
@@ -24,12 +25,8 @@ class Store(Protocol):
         """The verdict kept under a key, or None."""
         ...
 
-    def number(self, key: str) -> Any:
-        """Of the verdict kept under a key: later ones have larger numbers. 0: there is none."""
-        ...
-
-    def newest(self) -> Any:
-        """The largest such number."""
+    def paid_after(self, moment: str, key: str) -> Any:
+        """The usage of each verdict that was kept under a key after a moment, as a list."""
         ...
 
     def put(
@@ -42,7 +39,7 @@ class Store(Protocol):
         label: str,
         judged_text: str,
     ) -> Any:
-        """Keep a verdict, in place of the one that this key had."""
+        """Keep a verdict. It holds from now on, if the key had one."""
         ...
 
     def close(self) -> Any:
@@ -100,6 +97,7 @@ class Panel:
         samples: how many verdicts of each role count for a text, 1 or more.
         prices: of each role's tokens.
         store: keeps the verdicts, and is closed with the panel; None: nothing is kept.
+        rubrics: what the judges are told.
     """
 
     def __init__(
@@ -108,8 +106,10 @@ class Panel:
         samples: Mapping[str, int],
         prices: Mapping[str, Prices],
         store: Store | None = None,
+        rubrics: Mapping[str, Rubric] = RUBRICS,
     ) -> None:
         self.judges = dict(judges)
+        self.rubrics = rubrics
         self._distinct = list({id(judge): judge for judge in judges.values()}.values())
         self.samples = samples
         self.prices = prices
@@ -118,7 +118,7 @@ class Panel:
         self._in_flight: dict[str, _Call] = {}
         self._costs = {role: Cost() for role in judges}
         self._failed_since: set[str] | None = None
-        self._charge_after: int | None = None
+        self._charge_after: str | None = None
         self._charged: set[str] = set()
 
     def check(self) -> None:
@@ -157,17 +157,13 @@ class Panel:
         """What each role has cost this process so far. Any thread may call this."""
         return dict(self._costs)
 
-    async def newest(self) -> int:
-        """The number of the newest verdict in the store."""
-        return 0 if self.store is None else await _outcome(self.store.newest)
-
-    def charge_after(self, number: int) -> None:
-        """Count what was kept after this verdict as paid, when it is first found.
+    def charge_after(self, moment: str) -> None:
+        """Count what was kept after this moment ("": ever) as paid, when it is first found.
 
         For a run that goes on from a checkpoint: what it paid for later, and finds again now, costs
         it nothing once more, but its account must say what it would without the interruption.
         """
-        self._charge_after = number
+        self._charge_after = moment
 
     @property
     def traffic(self) -> Traffic:
@@ -201,18 +197,20 @@ class Panel:
         role = question.role
         if self.store is not None:
             kept = await _outcome(self.store.get, key)
+            paid = await self._paid_but_not_charged(key)
+            for usage in paid:
+                self._charge(role, usage)
             if kept is not None and not self._is_forgotten(kept, key):
-                if await self._is_uncharged(key):
-                    return self._charge(kept, key)
-                self._costs[role] += Cost(found=1)
-                return replace(kept, usage=Usage())
+                if not paid:
+                    self._costs[role] += Cost(found=1)
+                return replace(kept, usage=sum(paid, Usage()))
 
         call_begins.set(begins)
         call_rests.set(rests)
         verdict = await question.judge.judge(role, question.seeker, question.judged_text)
         if verdict.role != role:
             raise ValueError(f"the verdict of {verdict.role} came for {role}")
-        self._charge(verdict, key)
+        self._charge(role, verdict.usage)
         if self.store is not None:
             label, text = question.judge.label, question.judged_text
             put = partial(self.store.put, label=label, judged_text=text)
@@ -221,17 +219,18 @@ class Panel:
                 self._failed_since.add(key)
         return verdict
 
-    def _charge(self, verdict: Verdict, key: str) -> Verdict:
-        money = self.prices[verdict.role].money(verdict.usage)
-        self._costs[verdict.role] += Cost(calls=1, money=money, **asdict(verdict.usage))
-        if self._charge_after is not None:
-            self._charged.add(key)
-        return verdict
+    def _charge(self, role: str, usage: Usage) -> None:
+        money = self.prices[role].money(usage)
+        self._costs[role] += Cost(calls=1, money=money, **asdict(usage))
 
-    async def _is_uncharged(self, key: str) -> bool:
-        if self._charge_after is None or key in self._charged or self.store is None:
-            return False
-        return await _outcome(self.store.number, key) > self._charge_after
+    async def _paid_but_not_charged(self, key: str) -> list[Usage]:
+        """What each verdict cost that is kept, but not in this account: failures, which were asked
+        about again, and what came of it."""
+        if self.store is None or self._charge_after is None or key in self._charged:
+            return []
+        paid = await _outcome(self.store.paid_after, self._charge_after, key)
+        self._charged.add(key)
+        return paid
 
     def _is_forgotten(self, kept: Verdict, key: str) -> bool:
         since = self._failed_since

@@ -70,6 +70,7 @@ class PermReward:
         self.tokenizer = tokenizer
         self.completion_seconds = completion_seconds
         self._label = judge.label
+        self._rubrics = getattr(judge, "rubrics", RUBRICS)
         self._background = BackgroundLoop(last=judge.close)
         self._causes: Counter[str] = Counter()
         self._causes_lock = threading.Lock()
@@ -129,7 +130,10 @@ class PermReward:
         future = RewardFuture()
         future.set_running_or_notify_cancel()
         parsed = parse_completion(text)
-        scoring = self._background.start(self._score(seeker, parsed, completion_tokens))
+        # The weights of this moment: they may move before the judges have answered.
+        scoring = self._background.start(
+            self._score(seeker, parsed, completion_tokens, self.config)
+        )
         scoring.add_done_callback(lambda scoring: self._deliver(scoring, parsed, future))
         return future
 
@@ -141,6 +145,11 @@ class PermReward:
     def costs(self) -> dict[str, Cost]:
         """What the calls have cost so far, by role; empty for a judge that does not say."""
         return self.judge.costs() if isinstance(self.judge, Panel) else {}
+
+    def charge_after(self, moment: str) -> None:
+        """See `Panel.charge_after`; nothing for a judge that does not say what it costs."""
+        if isinstance(self.judge, Panel):
+            self.judge.charge_after(moment)
 
     def forget_failures(self) -> None:
         """From now on, ask anew for verdicts that failed and were kept as failures."""
@@ -173,16 +182,11 @@ class PermReward:
 
     def state_dict(self) -> dict[str, float]:
         """What changes from step to step, in this process."""
-        newest = 0
-        if isinstance(self.judge, Panel):
-            newest = self._background.start(self.judge.newest()).result()
-        return {"bystander_weight": self.config.bystander_weight, "newest_verdict": newest}
+        return {"bystander_weight": self.config.bystander_weight}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Go on from there, before the first completion is submitted."""
         self.config = replace(self.config, bystander_weight=state["bystander_weight"])
-        if isinstance(self.judge, Panel):
-            self.judge.charge_after(int(state["newest_verdict"]))
 
     def counts(self) -> dict[str, int]:
         """How many verdicts are missing so far, by role and cause: {"reception: timeout": 3}."""
@@ -202,11 +206,15 @@ class PermReward:
     # --- one completion -------------------------------------------------------------------------
 
     async def _score(
-        self, seeker: Seeker, parsed: ParsedCompletion, completion_tokens: int
+        self,
+        seeker: Seeker,
+        parsed: ParsedCompletion,
+        completion_tokens: int,
+        config: RewardConfig,
     ) -> dict[str, Any]:
         """The details of one completion, judged by all four roles at once."""
-        if not parsed.well_formed and self.config.format_failure == "lowest":
-            return self._details(parsed, [], lowest_reward(completion_tokens, self.config))
+        if not parsed.well_formed and config.format_failure == "lowest":
+            return self._details(parsed, [], lowest_reward(completion_tokens, config))
 
         verdicts = await self._verdicts(seeker, parsed)
         scores = [verdict.score for verdict in verdicts if verdict.score is not None]
@@ -214,7 +222,7 @@ class PermReward:
             return self._details(parsed, verdicts, None)
         resonation, expression, reception, bystander = scores  # in the order of ROLES
         breakdown = perm_reward(
-            resonation, expression, reception, bystander, completion_tokens, self.config
+            resonation, expression, reception, bystander, completion_tokens, config
         )
         return self._details(parsed, verdicts, breakdown)
 
@@ -256,7 +264,8 @@ class PermReward:
         verdicts: Sequence[Verdict],
         breakdown: RewardBreakdown | None,
     ) -> dict[str, Any]:
-        found = sorted({*flags(parsed.analysis), *flags(parsed.response)})
+        parts = parsed.analysis, parsed.response
+        found = sorted({name for part in parts for name in flags(part, self._rubrics)})
         return {
             "judge": self._label,
             **asdict(parsed),

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from perm_reward.reward import PermReward
+from perm_reward.verdict_store import now
 
 Gather = Callable[[Any], list[Any]]
 
@@ -32,6 +33,7 @@ class Spending:
         self._per_completion = per_completion
         self._earlier: dict[str, float] = {}  # what a run cost before it was interrupted
         self._costs: dict[str, float] = {}
+        self._recorded_at = ""
         self.spent = 0.0
 
     def record(self, completions: int) -> dict[str, float]:
@@ -45,6 +47,7 @@ class Spending:
             for name, value in asdict(cost).items()
         }
         everyone = self._gather(mine)
+        self._recorded_at = now()  # all that is counted was kept before, and what comes is not yet
         costs = {
             name: self._earlier.get(name, 0) + sum(of_one[name] for of_one in everyone)
             for name in mine
@@ -61,11 +64,17 @@ class Spending:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on must know."""
-        return {"costs": self._costs, "per_completion": self._per_completion}
+        return {
+            "costs": self._costs,
+            "recorded_at": self._recorded_at,
+            "per_completion": self._per_completion,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._earlier = self._costs = state["costs"]
+        self._recorded_at = state["recorded_at"]
+        self._reward.charge_after(self._recorded_at)
         self._per_completion = state["per_completion"]
         self.spent = total_money(self._earlier)
 

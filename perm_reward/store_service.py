@@ -95,13 +95,10 @@ class RemoteStore:
         found = await self._exchange({"get": key})
         return None if found is None else _verdict(found)
 
-    async def number(self, key: str) -> int:
-        """See `VerdictStore.number`."""
-        return await self._exchange({"number": key})
-
-    async def newest(self) -> int:
-        """See `VerdictStore.newest`."""
-        return await self._exchange({"newest": True})
+    async def paid_after(self, moment: str, key: str) -> list[Usage]:
+        """See `VerdictStore.paid_after`."""
+        found = await self._exchange({"paid_after": [moment, key]})
+        return [Usage(**usage) for usage in found]
 
     async def put(
         self,
@@ -212,10 +209,8 @@ def _answer(store: VerdictStore, request: dict[str, Any]) -> dict[str, Any]:
         if "get" in request:
             verdict = store.get(request["get"])
             return {"found": None if verdict is None else asdict(verdict)}
-        if "number" in request:
-            return {"found": store.number(request["number"])}
-        if "newest" in request:
-            return {"found": store.newest()}
+        if "paid_after" in request:
+            return {"found": [asdict(usage) for usage in store.paid_after(*request["paid_after"])]}
         row = request["put"]
         store.put(**{**row, "verdict": _verdict(row["verdict"])})
         return {"found": None}

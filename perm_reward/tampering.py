@@ -25,16 +25,23 @@ import base64
 import binascii
 import codecs
 import re
+from collections.abc import Mapping
+from functools import lru_cache
 
 from perm_reward.fence import hidden_places
-from perm_reward.rubrics import RUBRICS
+from perm_reward.rubrics import RUBRICS, Rubric
 from perm_reward.tampering_languages import OTHER_LANGUAGES, folded
 from perm_reward.tampering_life import without_life
 from perm_reward.tampering_patterns import PATTERNS
 
 
-def flags(text: str) -> list[str]:
-    """The names of all that tries to sway a judge, sorted; empty for an honest text."""
+def flags(text: str, rubrics: Mapping[str, Rubric] = RUBRICS) -> list[str]:
+    """The names of all that tries to sway a judge, sorted; empty for an honest text.
+
+    Args:
+        text: the policy's.
+        rubrics: what the judges are told, whose words are no answer to a seeker.
+    """
     text = text.replace("\r\n", "\n")
     hidden = set(hidden_places(text))
     shown = "".join(character for place, character in enumerate(text) if place not in hidden)
@@ -54,7 +61,7 @@ def flags(text: str) -> list[str]:
         "encoded text": _is_encoded(shown)
         or _PLAIN_WORDS.search(_deciphered(latin))
         or _is_spelt_out(latin),
-        "judge": _quotes_the_rubrics(latin),
+        "judge": _quotes(latin, tuple(rubrics.items())),
     }
     return sorted(found.union(name for name, sign in signs.items() if sign))
 
@@ -94,24 +101,21 @@ def _in_a_row(count: int, text: str) -> set[tuple[str, ...]]:
     return set(zip(*(words[start:] for start in range(count)), strict=False))
 
 
-# What the best of each scale is, and a bystander's dimensions, in six words. Eight of the lower
-# levels: "the feeling that you spoke of" is honest.
-_BEST_LINES = [
-    line
-    for role, rubric in RUBRICS.items()
-    for line in (rubric.scale if role == "bystander" else rubric.scale[-1:])
-]
-_LOWER_LINES = [
-    line for role, rubric in RUBRICS.items() if role != "bystander" for line in rubric.scale[:-1]
-]
-_RUBRIC_WORDS = {
-    6: set().union(*(_in_a_row(6, line) for line in _BEST_LINES)),
-    8: set().union(*(_in_a_row(8, line) for line in _LOWER_LINES)),
-}
+@lru_cache(maxsize=8)
+def _rubric_words(rubrics: tuple[tuple[str, Rubric], ...]) -> dict[int, set[tuple[str, ...]]]:
+    """What the best of each scale is, and a bystander's dimensions, in six words; of the lower
+    levels in eight: "the feeling that you spoke of" is honest."""
+    words: dict[int, set[tuple[str, ...]]] = {6: set(), 8: set()}
+    for role, rubric in rubrics:
+        for line in rubric.scale:
+            count = 6 if role == "bystander" or line == rubric.scale[-1] else 8
+            words[count] |= _in_a_row(count, line)
+    return words
 
 
-def _quotes_the_rubrics(text: str) -> bool:
-    return any(not known.isdisjoint(_in_a_row(n, text)) for n, known in _RUBRIC_WORDS.items())
+def _quotes(text: str, rubrics: tuple[tuple[str, Rubric], ...]) -> bool:
+    known = _rubric_words(rubrics)
+    return any(not known[count].isdisjoint(_in_a_row(count, text)) for count in known)
 
 
 # --- letters -------------------------------------------------------------------------------------

@@ -3,8 +3,12 @@
 One process has a store open at a time. A verdict is committed before anybody sees it, so a process
 that is killed loses none. Whoever only wants to read, even while the run goes on, reads a copy:
 
-    VerdictStore(RUN/verdicts/node-0.sqlite)     the run's own: get, put
+    VerdictStore(RUN/verdicts/node-0.sqlite)     the run's own: get, paid_after, put
     read_verdicts(RUN)                           all nodes' stores, merged, for everybody else
+
+Nothing is ever written over: where a failure was asked about again, both answers were paid for, and
+the newer one holds. A run that goes on may have fewer nodes than before, or others, so its stores
+also look into those that are there already (`beside`).
 
 SQLite's log (WAL) is used with an exclusive lock: without one it needs memory that processes share,
 which network file systems do not have.
@@ -22,6 +26,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +38,7 @@ _SCHEMA = (
     "CREATE TABLE texts (sha256 TEXT PRIMARY KEY, text TEXT NOT NULL)",
     """CREATE TABLE verdicts (
         number INTEGER PRIMARY KEY,
-        key TEXT NOT NULL UNIQUE,
+        key TEXT NOT NULL,
         time TEXT NOT NULL,
         label TEXT NOT NULL,
         role TEXT NOT NULL,
@@ -47,13 +52,14 @@ _SCHEMA = (
         cached_tokens INTEGER NOT NULL,
         completion_tokens INTEGER NOT NULL
     )""",
+    "CREATE INDEX verdicts_by_key ON verdicts (key)",
     f"PRAGMA application_id = {_APPLICATION}",
     f"PRAGMA user_version = {_VERSION}",
 )
 # Texts are handed over as bytes: in a str, Python's sqlite3 refuses half surrogate pairs.
 _KEEP_TEXT = "INSERT OR IGNORE INTO texts VALUES (?, CAST(? AS TEXT))"
 _KEEP_VERDICT = """
-INSERT OR REPLACE INTO verdicts (
+INSERT INTO verdicts (
     key, time, label, role, sample, judged, asked,
     score, reply, failure, prompt_tokens, cached_tokens, completion_tokens
 ) VALUES (
@@ -61,7 +67,8 @@ INSERT OR REPLACE INTO verdicts (
     :score, CAST(:reply AS TEXT), CAST(:failure AS TEXT),
     :prompt_tokens, :cached_tokens, :completion_tokens
 )"""
-_VERDICT = "role, score, reply, failure, prompt_tokens, cached_tokens, completion_tokens"
+_USAGE = "prompt_tokens, cached_tokens, completion_tokens"
+_VERDICT = f"role, score, reply, failure, {_USAGE}"
 _LONG_TEXT = 200
 _KEPT_APART = "sha256 of a text kept apart"
 _LOCK_SECONDS = 1.0
@@ -78,7 +85,7 @@ class KeptVerdict:
 
     key: str
     time: str
-    """when it was kept: UTC, ISO 8601"""
+    """when it was kept, as `now` tells it"""
     label: str
     """the judge's"""
     sample: int
@@ -103,11 +110,16 @@ def to_json(value: Any) -> bytes:
 class VerdictStore:
     """The verdicts of one node, open in one process. Thread-safe.
 
+    Args:
+        path: of the file, which is made where there is none.
+        beside: find also what the other stores in its folder hold now. Those are read as copies,
+            and never written to: their own nodes may have them open.
+
     Raises:
-        StoreError: another process has it open, or the file is no store of this version.
+        StoreError: another process has it open, or a file is no store of this version.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, beside: bool = False) -> None:
         self.path = Path(path)
         self._lock = threading.Lock()
         with _clear_errors(self.path), ExitStack() as undo:
@@ -121,27 +133,23 @@ class VerdictStore:
             self._database.execute("PRAGMA journal_mode = WAL")
             # What is written outlives the process that wrote it; only power cuts need more.
             self._database.execute("PRAGMA synchronous = NORMAL")
-            undo.pop_all()
+            others = set(self.path.parent.glob("*.sqlite")) - {self.path} if beside else set()
+            self._copies = [undo.enter_context(_opened_copy(other)) for other in sorted(others)]
+            self._closing = undo.pop_all()
 
     def get(self, key: str) -> Verdict | None:
         """The verdict kept under a key of `verdict_key`, with the usage that was paid for it."""
         with self._lock, _clear_errors(self.path):
-            query = f"SELECT {_VERDICT} FROM verdicts WHERE key = ?"
-            row = self._database.execute(query, (key,)).fetchone()
-        return None if row is None else _verdict(row)
+            query = f"SELECT time, {_VERDICT} FROM verdicts WHERE key = ?"
+            rows = self._rows(f"{query} ORDER BY number DESC LIMIT 1", key)
+        newest = max(rows, key=itemgetter(0), default=None)
+        return None if newest is None else _verdict(newest[1:])
 
-    def number(self, key: str) -> int:
-        """Of the verdict kept under a key: later ones have larger numbers. 0: there is none."""
+    def paid_after(self, moment: str, key: str) -> list[Usage]:
+        """What each verdict cost that was kept under a key after a moment (see `now`)."""
         with self._lock, _clear_errors(self.path):
-            query = "SELECT number FROM verdicts WHERE key = ?"
-            row = self._database.execute(query, (key,)).fetchone()
-        return 0 if row is None else row[0]
-
-    def newest(self) -> int:
-        """The number of the newest verdict. 0: there is none."""
-        with self._lock, _clear_errors(self.path):
-            query = "SELECT coalesce(max(number), 0) FROM verdicts"
-            return self._database.execute(query).fetchone()[0]
+            query = f"SELECT {_USAGE} FROM verdicts WHERE key = ? AND time > ? ORDER BY number"
+            return [Usage(*tokens) for tokens in self._rows(query, key, moment)]
 
     def put(
         self,
@@ -153,7 +161,7 @@ class VerdictStore:
         label: str,
         judged_text: str,
     ) -> None:
-        """Keep a verdict, in place of the one that this key had. For arguments see `KeptVerdict`.
+        """Keep a verdict. It holds from now on, if the key had one. Arguments: see `KeptVerdict`.
 
         Raises:
             StoreError: it cannot be written, as on a full disk.
@@ -161,7 +169,7 @@ class VerdictStore:
         texts: dict[str, bytes] = {}
         row = {
             "key": key,
-            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "time": now(),
             "label": _encoded(label),
             "role": verdict.role,
             "sample": sample,
@@ -179,11 +187,23 @@ class VerdictStore:
     def close(self) -> None:
         """Let go of the file."""
         with self._lock:
-            self._database.close()
+            self._closing.close()
+
+    def _rows(self, query: str, *arguments: str) -> list[tuple[Any, ...]]:
+        """What is found here and in the stores beside."""
+        databases = (self._database, *self._copies)
+        return [row for one in databases for row in one.execute(query, arguments)]
+
+
+def now() -> str:
+    """This moment: UTC, ISO 8601. Later ones are greater, also as texts."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def read_verdicts(run_folder: str | Path) -> Iterator[KeptVerdict]:
     """All verdicts that a run has kept so far, oldest first, from the stores of all its nodes.
+
+    Of those with the same key the last one holds: the others had failed, and were asked for again.
 
     The run may be going on, or have been killed, and its folder may be read-only: what is read is
     a copy. Not for a process that has one of these stores open: to close any file handle of its own
@@ -209,6 +229,17 @@ def _read(paths: list[Path]) -> Iterator[KeptVerdict]:
         copies = [_copy_store(path, Path(folder, f"{i}.sqlite")) for i, path in enumerate(paths)]
         stores = [_rows(copy, path) for copy, path in zip(copies, paths, strict=True)]
         yield from heapq.merge(*stores, key=lambda row: row.time)
+
+
+@contextmanager
+def _opened_copy(path: Path) -> Iterator[sqlite3.Connection]:
+    with tempfile.TemporaryDirectory(prefix="perm-verdicts-") as folder:
+        copy = _copy_store(path, Path(folder, "copy.sqlite"))
+        with _clear_errors(path), closing(_connect(copy)) as database:
+            if not _holds_store(database, path):  # it is just being made
+                for statement in _SCHEMA:
+                    database.execute(statement)
+            yield database
 
 
 def _rows(copy: Path, path: Path) -> Iterator[KeptVerdict]:

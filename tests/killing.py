@@ -1,20 +1,25 @@
-"""Runs of train.py that are killed at a chosen moment, and resumed, in forks of one warm process.
+"""Runs of train.py that are stopped at a chosen moment, and resumed, in forks of one warm process.
 
     python tests/killing.py FOLDER SEED TRIALS
 
-A moment is a function and the number of its calls: the process kills itself with SIGKILL right
-before that call. Each trial is killed up to twice, resumed, and compared, byte for byte, with the
-run that nobody killed. Prints a line per trial; exits with 1 if one differs.
+A moment is a function and the number of its calls: right before that call the process gets a
+signal, SIGKILL or SIGTERM. Trials have one or two ranks, of which one gets it, and generate a step
+ahead or not. Each is stopped up to twice, resumed, and compared, byte for byte, with the run that
+nobody stopped. Prints a line per trial; exits with 1 if one differs or hangs.
 """
 
 import importlib
+import itertools
 import json
 import os
 import random
 import signal
+import socket
 import sys
+import time
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SETTINGS = {
     "train.steps": 4,
@@ -30,13 +35,17 @@ SETTINGS = {
     "perm.length_limit": 12,
     "perm.bystander_target": 60,
 }
-# Function → how often a whole run calls it at least.
+# Function → how often each rank of a whole run calls it at least.
 MOMENTS = {
     "grpo.generation:Batch.step": 60,
-    "perm_reward.panel:Panel.judge": 80,
-    "perm_reward.verdict_store:VerdictStore.put": 40,
+    "perm_reward.panel:Panel.judge": 40,
     "grpo.trainer:Trainer.backward": 4,
     "torch.optim:AdamW.step": 4,
+    "grpo.checkpoint:tensors_of": 4,
+}
+# The same, of rank 0.
+MOMENTS_OF_MAIN = {
+    "perm_reward.verdict_store:VerdictStore.put": 40,
     "grpo.run:append_line": 6,
     "grpo.run:write_groups": 6,
     "grpo.checkpoint:checksum": 8,
@@ -46,6 +55,20 @@ MOMENTS = {
     "transformers:PreTrainedModel.save_pretrained": 1,
 }
 LOGS = ("rollouts.jsonl", "heldout.jsonl", "evaluations.jsonl", "policy/model.safetensors")
+# What the other ranks may take to find out that one of them is gone.
+LONGEST_GRIEF = 60.0
+
+
+class Stop(NamedTuple):
+    """Who gets which signal, right before which call of what."""
+
+    moment: str
+    call: int
+    rank: int
+    signal: signal.Signals
+
+    def __str__(self) -> str:
+        return f"{self.signal.name} to rank {self.rank} before {self.moment} {self.call}"
 
 
 def main(folder: Path, seed: int, trials: int) -> int:
@@ -54,36 +77,48 @@ def main(folder: Path, seed: int, trials: int) -> int:
 
     print(f"seed {seed}")
     generator = random.Random(seed)
-    arguments = [f"--{name}={value}" for name, value in {**SETTINGS, "seed": seed}.items()]
-    whole = folder / "whole"
-    assert run([*arguments, f"--output={whole}"]) == 0
-    different = 0
-    moments = list(MOMENTS)
+    failed = 0
+    # Each moment in turn, so that none is left out; the rest is drawn.
+    moments = itertools.cycle([*MOMENTS, *MOMENTS_OF_MAIN])
     for trial in range(trials):
-        killed = folder / f"trial-{trial}"
-        # Each moment in turn, so that none is left out; which of its calls is drawn.
-        first = moments[trial % len(moments)]
-        second = generator.choice(moments)
-        told = []
-        outcome = run(
-            [*arguments, f"--output={killed}"], first, n := generator.randint(1, MOMENTS[first])
-        )
-        told.append(f"{first} {n}")
-        assert outcome == -signal.SIGKILL, (told, outcome)
-        if trial % 2:
-            run([f"--resume={killed}"], second, n := generator.randint(1, MOMENTS[second]))
-            told.append(f"{second} {n}")
-        assert run([f"--resume={killed}"]) == 0, told
-        problems = differences(whole, killed)
-        different += bool(problems)
-        print(f"trial {trial}: killed before {', then '.join(told)}: {problems or 'the same'}")
-    return 1 if different else 0
+        ranks, ahead = 1 + trial % 2, trial // 2 % 2
+        arguments = [f"--{name}={value}" for name, value in {**SETTINGS, "seed": seed}.items()]
+        arguments.append(f"--rollout.ahead={ahead}")
+        whole, stopped = folder / f"whole-{ranks}-{ahead}", folder / f"trial-{trial}"
+        if not whole.exists():
+            assert run([*arguments, f"--output={whole}"], ranks) == [0] * ranks
+        stops = [draw(next(moments), ranks, generator) for _ in range(1 + trial % 3 // 2)]
+        problems = []
+        for stop in stops:
+            resumes = stopped.exists()
+            asked = [f"--resume={stopped}"] if resumes else [*arguments, f"--output={stopped}"]
+            codes = run(asked, ranks, stop)
+            if not resumes and codes[stop.rank] not in (-stop.signal, 128 + stop.signal):
+                problems.append(f"the stopped rank ended with {codes}")
+            if None in codes:
+                problems.append(f"a rank hung: {codes}")
+        if any(codes := run([f"--resume={stopped}"], ranks)):
+            problems.append(f"resumed, it ended with {codes}")
+        else:
+            problems += differences(whole, stopped)
+        failed += bool(problems)
+        told = ", then ".join(map(str, stops))
+        print(f"{ranks} ranks, ahead {ahead}, {told}: {problems or 'the same'}", flush=True)
+    return 1 if failed else 0
 
 
-def differences(whole: Path, killed: Path) -> list[str]:
+def draw(moment: str, ranks: int, generator: random.Random) -> Stop:
+    """A stop at some call of a function."""
+    calls = MOMENTS.get(moment, 0) // ranks or MOMENTS_OF_MAIN.get(moment, 0) or 1
+    rank = generator.randrange(ranks) if moment in MOMENTS else 0
+    kind = generator.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
+    return Stop(moment, generator.randint(1, calls), rank, kind)
+
+
+def differences(whole: Path, stopped: Path) -> list[str]:
     """The files in which two runs differ, times aside."""
-    found = [name for name in LOGS if (whole / name).read_bytes() != (killed / name).read_bytes()]
-    if metrics(whole) != metrics(killed):
+    found = [name for name in LOGS if (whole / name).read_bytes() != (stopped / name).read_bytes()]
+    if metrics(whole) != metrics(stopped):
         found.append("metrics.jsonl")
     return found
 
@@ -94,20 +129,47 @@ def metrics(run_folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in m.items() if not k.startswith("seconds_")} for m in steps]
 
 
-def run(arguments: list[str], moment: str = "", call: int = 0) -> int:
-    """train.py in a fork; returns its exit code, or minus the signal that ended it."""
+def run(arguments: list[str], ranks: int, stop: Stop | None = None) -> list[int | None]:
+    """train.py in forks, one per rank. Their exit codes, or minus the signal that ended them; None
+    for one that hung after another was gone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [fork(arguments, rank, ranks, port, stop) for rank in range(ranks)]
+    codes: dict[int, int | None] = {}
+    ends = float("inf")
+    while len(codes) < ranks:
+        for rank, child in enumerate(children):
+            if rank not in codes and (ended := os.waitpid(child, os.WNOHANG))[0]:
+                codes[rank] = os.waitstatus_to_exitcode(ended[1])
+                ends = min(ends, time.monotonic() + LONGEST_GRIEF)
+            elif rank not in codes and time.monotonic() > ends:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                codes[rank] = None
+        time.sleep(0.02)
+    return [codes[rank] for rank in range(ranks)]
+
+
+def fork(arguments: list[str], rank: int, ranks: int, port: int, stop: Stop | None) -> int:
+    """Start one rank; returns its process id."""
     child = os.fork()
     if child == 0:
         code = 70
         try:
             silence()
-            if moment:
-                die_before(moment, call)
+            if ranks > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+                os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            if stop is not None and stop.rank == rank:
+                signal_before(stop)
             code = train_once(arguments)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    return child
 
 
 def train_once(arguments: list[str]) -> int:
@@ -122,22 +184,21 @@ def train_once(arguments: list[str]) -> int:
     return 0
 
 
-def die_before(moment: str, call: int) -> None:
-    """Have this process killed before the call-th call of a function from now on."""
-    module_name, _, path = moment.partition(":")
+def signal_before(stop: Stop) -> None:
+    """Have this process get its signal before that call of the function, counted from now on."""
+    module_name, _, path = stop.moment.partition(":")
     *owners, name = path.split(".")
     owner: Any = importlib.import_module(module_name)
     for part in owners:
         owner = getattr(owner, part)
-    original, calls = getattr(owner, name), [0]
+    original, calls = getattr(owner, name), itertools.count(1)
 
-    def dying(*arguments: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def stopped(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == stop.call:
+            os.kill(os.getpid(), stop.signal)
         return original(*arguments, **options)
 
-    setattr(owner, name, dying)
+    setattr(owner, name, stopped)
 
 
 def silence() -> None:

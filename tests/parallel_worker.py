@@ -5,6 +5,7 @@ what came out.
 """
 
 import itertools
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -151,7 +152,10 @@ def gradient_of_recorded(ranks: Ranks, seed: int, run: Run) -> dict:
 def main() -> None:
     seed, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
-    with start_ranks(pick_device("cpu")) as ranks:
+    if hybrid := os.environ.get("WORLD_SIZE") == "4":
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+    with start_ranks(pick_device("cpu"), hybrid=hybrid) as ranks:
+        assert ranks.mesh.ndim == (2 if hybrid else 1)
         results = {name: train(ranks, seed, run) for name, run in RUNS.items()}
         for name in BFLOAT16_RUNS:
             results[f"{name} in bfloat16"] = gradient_of_recorded(ranks, seed, RUNS[name])

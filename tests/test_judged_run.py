@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -119,9 +120,9 @@ def lines(path: Path) -> list[dict]:
 
 
 def kept(output: Path) -> int:
-    """Verdicts in the store, none of them twice: its keys are unique."""
+    """Verdicts in the store, those that were asked for again counted once."""
     with sqlite3.connect(output / "verdicts" / "node-0.sqlite") as connection:
-        return connection.execute("SELECT count(*) FROM verdicts").fetchone()[0]
+        return connection.execute("SELECT count(DISTINCT key) FROM verdicts").fetchone()[0]
 
 
 def test_tokens_and_money_are_counted_and_every_verdict_is_kept(
@@ -146,6 +147,34 @@ def test_tokens_and_money_are_counted_and_every_verdict_is_kept(
     shown = capsys.readouterr()
     assert "judges: at most 80 calls, about " in shown.out and "in money" in shown.out
     assert "judges cost      0." in shown.out
+
+
+@pytest.mark.slow
+def test_a_run_of_two_nodes_that_goes_on_on_one_pays_for_nothing_again(
+    monkeypatch: pytest.MonkeyPatch, server: Server, tmp_path: Path
+) -> None:
+    run(monkeypatch, server, tmp_path, **{"judge.price_output": 100})
+    before, metrics = server.calls, lines(tmp_path / "metrics.jsonl")
+    stores = [tmp_path / "verdicts" / f"node-{i}.sqlite" for i in (1, 2)]
+    stores[0].parent.joinpath("node-0.sqlite").rename(stores[0])
+    shutil.copyfile(*stores)
+    for rest, store in enumerate(stores):  # as if two other nodes had kept half of it each
+        with sqlite3.connect(store) as database:
+            database.execute("DELETE FROM verdicts WHERE number % 2 = ?", (rest,))
+        database.close()
+    shutil.rmtree(tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "policy")
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(tmp_path)])
+    train.main()
+    assert server.calls == before + 1, "the try-out of the judge"
+    assert lines(tmp_path / "metrics.jsonl")[-1].keys() == metrics[-1].keys()
+    costs = [
+        {k: v for k, v in m[-1].items() if k.startswith("judge.")}
+        for m in (metrics, lines(tmp_path / "metrics.jsonl"))
+    ]
+    assert costs[0] == costs[1] and costs[0]["judge.reception.money"] > 0
+    assert kept(tmp_path) == 0
 
 
 @pytest.mark.slow
@@ -208,6 +237,10 @@ def test_a_judge_that_stays_down_stops_the_run_which_goes_on_when_it_is_back(
     monkeypatch.setattr(sys, "argv", ["train.py", "--resume", str(run_folder)])
     train.main()
     assert [metrics["step"] for metrics in lines(run_folder / "metrics.jsonl")] == [1, 2]
+    last = lines(run_folder / "evaluations.jsonl")[-1]
+    with sqlite3.connect(run_folder / "verdicts" / "node-0.sqlite") as connection:
+        answered = connection.execute("SELECT count(*) FROM verdicts").fetchone()[0]
+    assert sum(last[f"judge.{role}.calls"] for role in ROLES) == answered, "of both processes"
     assert (run_folder / "policy" / "model.safetensors").exists()
 
 

@@ -18,16 +18,18 @@ def run_worker(world_size: int, seed: int, folder: Path) -> dict:
     return torch.load(folder / f"world{world_size}.pt", weights_only=False)
 
 
-@pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
-    """What one rank and two ranks made of the same runs.
+@pytest.fixture(scope="module", params=[2, 4], ids=["two-ranks", "two-nodes"])
+def worlds(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict, dict]:
+    """What one rank and several made of the same runs; four, as two nodes with a replica each.
 
     Each rank decodes other rows together, so a rounding may push a token over a boundary of the
     distribution. Where tokens differ that is shown to be the cause, and another seed is taken.
     """
     folder, seed = tmp_path_factory.mktemp("worlds"), fresh_seed()
     for attempt in range(3):
-        one, two = (run_worker(size, seed + attempt, folder) for size in (1, 2))
+        one, two = (run_worker(size, seed + attempt, folder) for size in (1, request.param))
         if all([tokens_are_equal(one[run], two[run], run, seed + attempt) for run in RUNS]):
             return one, two
     raise AssertionError("three seeds in a row met a rounding: too many to be chance")

@@ -44,8 +44,15 @@ def read_settings(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_a_command_of_the_readme(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+def test_a_command_of_the_readme(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str]
+) -> None:
     monkeypatch.delenv("RANK", raising=False)
+    if "--resume" in words:  # a run must be there to go on with
+        monkeypatch.chdir(tmp_path)
+        run = Path(words[words.index("--resume") + 1])
+        run.mkdir(parents=True)
+        (run / "config.toml").write_text(train.to_toml(train.RunConfig()), encoding="utf-8")
     match words:
         case ["torchrun", *arguments]:
             launch = get_args_parser().parse_args(arguments)

@@ -20,9 +20,7 @@ from grpo.config import TrainConfig
 from grpo.optimizer import make_optimizer
 from grpo.parallel import Ranks, pick_device, start_ranks
 from grpo.sharding import shard
-from tests.tiny import fresh_seed, tiny_model
-
-ROOT = Path(__file__).parent.parent
+from tests.tiny import ROOT, fresh_seed, tiny_model, torchrun
 
 
 def killings(folder: Path, trials: int) -> str:
@@ -60,6 +58,13 @@ def stepped(ranks: Ranks, seed: int, steps: int):
     return model, optimizer
 
 
+def step_on(model, optimizer, times: float = 1) -> None:
+    """One more step, on a loss that counts so many times."""
+    (times * model(torch.arange(4)[None]).logits.float().square().mean()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def everything(model, optimizer) -> list[torch.Tensor]:
     tensors = []
     for parameter in model.parameters():
@@ -84,13 +89,27 @@ def test_a_checkpoint_brings_back_weights_and_optimiser(tmp_path: Path) -> None:
         ):
             assert torch.equal(a, b)
         # And they go on alike: the optimiser counts its steps from there.
-        for one, its_optimizer in ((model, optimizer), (other, other_optimizer)):
-            one(torch.arange(4)[None]).logits.float().square().mean().backward()
-            its_optimizer.step()
+        step_on(model, optimizer)
+        step_on(other, other_optimizer)
         for a, b in zip(
             everything(model, optimizer), everything(other, other_optimizer), strict=True
         ):
             assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_one_rank_goes_on_where_two_have_stopped(tmp_path: Path) -> None:
+    """From the same bits, and then but for the rounding of another order of sums."""
+    torchrun(2, ROOT / "tests" / "resume_worker.py", seed := fresh_seed(), tmp_path)
+    saved, later = torch.load(tmp_path / "tensors.pt")
+    with start_ranks(pick_device("cpu")) as ranks:
+        model, optimizer = stepped(ranks, seed + 1, steps=1)
+        load_checkpoint(tmp_path / "checkpoint", model, optimizer)
+        assert all(map(torch.equal, everything(model, optimizer), saved))
+        # The loss is a sum over ranks, each of which runs the same rows here.
+        step_on(model, optimizer, times=2)
+        for got, expected in zip(everything(model, optimizer), later, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "shortened", "missing", "no state"])

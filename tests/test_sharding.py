@@ -1,4 +1,4 @@
-"""The sharded policy's copies: the plain one that generates, the frozen one that is the reference."""
+"""The sharded policy's copies: a plain one that generates, a frozen one as the reference."""
 
 from collections.abc import Iterator
 

@@ -291,6 +291,16 @@ def test_the_judges_key_is_looked_for_on_every_rank(monkeypatch: pytest.MonkeyPa
             train.make_reward(config, Ranks(rank, 2, torch.device("cpu"), mesh=None))
 
 
+def test_a_local_judge_goes_where_the_policy_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+    loads = "perm_reward.judges.local.load_score_reader"
+    monkeypatch.setattr(loads, lambda name, device, rubrics: devices.append(device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    train.make_reward(train.RunConfig(judge=train.JudgeConfig(kind="local")), ranks)
+    assert devices == [torch.device("cpu")]
+
+
 def test_only_the_main_rank_asks_the_judge_for_a_first_reply() -> None:
     """Hundreds of ranks would be hundreds of paid calls before any work."""
     nobody = train.JudgeConfig(kind="openai", base_url="http://127.0.0.1:9/v1")
@@ -355,6 +365,42 @@ def test_cuda_without_cuda(
         run(monkeypatch, tmp_path / "run", **{"policy.device": "cuda"})
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: policy.device = cuda: ")
+
+
+def test_the_settings_of_a_run_that_would_go_on_are_printed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = train.RunConfig(seed=41, output=str(tmp_path))
+    (tmp_path / "config.toml").write_text(train.to_toml(config))
+
+    def printed(*argv: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            train.read_command_line(list(argv))
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    resume = f"--resume={tmp_path}"
+    assert printed(resume, "--print-config") == train.to_toml(config)
+    config.train.steps = 7
+    assert printed("--print-config", "--train.steps=7", resume) == train.to_toml(config)
+    assert "--resume: " in printed(resume, "--help")
+    with pytest.raises(train.ConfigError, match="^--resume none: no run is there; "):
+        train.read_command_line(["--resume=none", "--print-config"])
+    with pytest.raises(train.ConfigError, match="^--config a.toml: not beside --resume"):
+        train.read_command_line([resume, "--config=a.toml"])
+
+
+def test_torchrun_goes_on_with_a_run_that_it_starts_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given, found = [f"--output={tmp_path}", "--seed=3"], train.RunConfig(seed=3)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.read_command_line(given)[1] is False, "it ended before it had begun"
+    (tmp_path / "config.toml").write_text(train.to_toml(found))
+    config, resume = train.read_command_line([*given, "--train.steps=7"])
+    assert resume and (config.seed, config.train.steps, config.output) == (3, 7, str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert train.read_command_line(given)[1] is False
 
 
 def test_a_run_folder_is_not_written_over(

@@ -255,8 +255,8 @@ def recorded_elsewhere(groups: list[Group], seed: int) -> list[Group]:
 def test_a_step_ahead_the_ratio_is_to_the_policy_that_sampled(
     ranks: Ranks, cap: float | None
 ) -> None:
-    """Without a cap PPO's clip sees how far the policy has moved since. With one, the clip starts at
-    1, and the gradient is weighed by how much likelier the token has become, up to the cap."""
+    """Without a cap PPO's clip sees how far the policy has moved since. With one, the clip starts
+    at 1, and the gradient is weighed by how much likelier the token has become, up to the cap."""
     seed = fresh_seed()
     groups = recorded_elsewhere(some_groups(), seed)
     trainer = make_trainer(ranks, seed)

@@ -37,9 +37,9 @@ class Traffic:
 class Judge(Protocol):
     """Gives verdicts. All calls come from one asyncio loop, many of them at once.
 
-    Two more attributes are used where a judge has them: `asked(role, seeker, judged_text)`, a
-    dictionary fit for JSON of everything that determines a verdict, under which it is kept; and
-    `traffic`, where its calls are.
+    Three more attributes are used where a judge has them: `asked(role, seeker, judged_text)`, a
+    dictionary fit for JSON of everything that determines a verdict, under which it is kept;
+    `traffic`, where its calls are; and `rubrics`, what it is told, where that is not the package's.
     """
 
     label: str
@@ -63,7 +63,12 @@ class Judge(Protocol):
 
 
 def make_judge(
-    config: JudgeConfig, *, seed: int = 0, share: tuple[int, int] = (0, 1), store: Any = None
+    config: JudgeConfig,
+    *,
+    seed: int = 0,
+    share: tuple[int, int] = (0, 1),
+    store: Any = None,
+    device: Any = None,
 ) -> Judge:
     """The judges that the settings ask for, as one that answers for all four roles.
 
@@ -73,6 +78,8 @@ def make_judge(
         seed: the run's; the marks around what is judged follow from it.
         share: (which, of how many processes), each of which gets its part of the calls in flight.
         store: keeps every verdict and finds it again (perm_reward.verdict_store); None: nothing is.
+        device: the policy's, a torch.device, where local models go unless judge.device says
+            otherwise; None: the current GPU, if there is one.
 
     Raises:
         ValueError: a setting does not fit, or the environment of this process lacks what a judge
@@ -87,7 +94,7 @@ def make_judge(
     for own in of_role.values():
         same = _what_makes_a_judge(own)
         if same not in judges:
-            judges[same] = _make_one(same, rubrics, seed, share, endpoints)
+            judges[same] = _make_one(same, rubrics, seed, share, endpoints, device)
     return Panel(
         judges={role: judges[_what_makes_a_judge(own)] for role, own in of_role.items()},
         samples={role: own.samples for role, own in of_role.items()},
@@ -96,13 +103,15 @@ def make_judge(
             for role, own in of_role.items()
         },
         store=store,
+        rubrics=rubrics,
     )
 
 
 def _what_makes_a_judge(config: JudgeConfig) -> JudgeConfig:
     """Its settings, but for how often it is asked and what that costs."""
     if config.kind == "local":
-        return JudgeConfig(kind="local", model=config.model)  # loaded once: nothing else counts
+        # Loaded once: nothing else counts.
+        return JudgeConfig(kind="local", model=config.model, device=config.device)
     plain = JudgeConfig()
     return replace(
         config,
@@ -120,6 +129,7 @@ def _make_one(
     seed: int,
     share: tuple[int, int],
     endpoints: dict[tuple[str, str], Any],
+    device: Any,
 ) -> Judge:
     """One judge. Its kind's module is imported only now: clients and models take seconds."""
     if config.kind == "lexical":
@@ -129,7 +139,7 @@ def _make_one(
     if config.kind == "local":
         from perm_reward.judges.local import LocalJudge
 
-        return LocalJudge(config, rubrics=rubrics, seed=seed)
+        return LocalJudge(config, rubrics=rubrics, seed=seed, device=device)
     from perm_reward.judges.endpoints import make_endpoint
     from perm_reward.judges.openai import OpenAIJudge
 

@@ -10,7 +10,9 @@ from perm_reward.rubrics import ROLES, RUBRICS, Rubric, load_rubrics
 from perm_reward.settings import require
 
 Kind = Literal["lexical", "local", "openai"]
+Device = Literal["auto", "cpu", "cuda"]
 KINDS = ("lexical", "local", "openai")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class JudgeConfig:
     openai: any OpenAI-compatible endpoint"""
     model: str = "gpt-4o-mini"
     """openai: name of the model at its endpoint; local: hub name or folder of a causal LM"""
+    device: Device = "auto"
+    """local: where its model is; auto: where the policy is; cpu: leaves the GPU to training"""
     base_url: str = ""
     """address of the endpoint, such as http://127.0.0.1:8000/v1; empty: OpenAI's own; several,
     separated by commas, are asked in turn"""
@@ -88,11 +92,16 @@ class JudgeConfig:
     def __post_init__(self) -> None:
         require(self, "kind", self.kind in KINDS, "lexical, local or openai")
         require(self, "model", bool(self.model), "the name of a model at the endpoint")
+        require(self, "device", self.device in DEVICES, "auto, cpu or cuda")
         self.endpoints  # noqa: B018 - refuses what it cannot read
         require(self, "temperature", 0 <= self.temperature < math.inf, "0 or more")
         require(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
         require(self, "max_tokens", self.max_tokens >= 1, "at least 1")
         require(self, "samples", self.samples >= 1, "at least 1")
+        if self.kind == "local" and self.samples > 1:
+            raise ValueError(
+                f"samples = {self.samples}: a local judge is deterministic; set samples to 1"
+            )
         require(self, "timeout_seconds", 0 < self.timeout_seconds < math.inf, "above 0 seconds")
         require(self, "max_retries", self.max_retries >= 0, "0 or more")
         whole = 0 < self.completion_seconds < math.inf

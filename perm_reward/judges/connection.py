@@ -28,8 +28,8 @@ class Connection:
 
     @property
     def url(self) -> str:
-        """The address in full."""
-        return self.base_url or _OPENAI_URL
+        """The address in full, always written alike."""
+        return (self.base_url or _OPENAI_URL).rstrip("/")
 
     def key(self) -> str:
         """The key, read when it is needed and kept nowhere but in the client. Raises ValueError."""

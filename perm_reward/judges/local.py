@@ -24,11 +24,17 @@ import torch
 
 from perm_reward.judges import JudgeConfig, Traffic
 from perm_reward.judges.clock import call_begins
+from perm_reward.judges.config import Device
 from perm_reward.judges.score_reader import load_score_reader
 from perm_reward.judges.score_tokens import Distribution, expectation, in_words
 from perm_reward.prompts import Messages, Seeker, judge_messages
 from perm_reward.rubrics import RUBRICS, Rubric
 from perm_reward.verdict import Verdict
+
+# A model that would write something else says nothing of a score by what little it leaves to the
+# numbers. Chance among 50,000 tokens gives 0.0001 to five of them; SmolLM2-135M, the smallest model
+# tried, 0.07 to 0.85 (20 seekers, two answers each from good to gibberish and none, all roles).
+LEAST_ON_SCALE = 0.01
 
 
 class LocalJudge:
@@ -38,25 +44,30 @@ class LocalJudge:
     the default float type of the whole process for a moment.
 
     Args:
-        config: model is a hub name or folder; the other settings play no part.
+        config: model is a hub name or folder, device where it goes; the other settings play no
+            part.
         rubrics: what the judge is told, of all roles.
         seed: of the run; the marks around what is judged follow from it.
+        device: the policy's; None: the current GPU, if there is one.
 
     Raises:
         ValueError: the model cannot be loaded, or cannot judge. One line.
     """
 
     def __init__(
-        self, config: JudgeConfig, *, rubrics: Mapping[str, Rubric] = RUBRICS, seed: int = 0
+        self,
+        config: JudgeConfig,
+        *,
+        rubrics: Mapping[str, Rubric] = RUBRICS,
+        seed: int = 0,
+        device: torch.device | None = None,
     ) -> None:
         self.label = f"local: {config.model}"
         self._config = config
         self._rubrics = rubrics
         self._seed = seed
-        # The worker thread would take another device for the current one.
-        on_gpu = torch.cuda.is_available()
-        device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
-        self._reader = load_score_reader(config.model, torch.device(device), rubrics)
+        where = pick_device(config.device, device)
+        self._reader = load_score_reader(config.model, where, rubrics)
         self._waiting: SimpleQueue[_Call | None] = SimpleQueue()
         self._in_flight = 0
         self._done = 0
@@ -73,14 +84,15 @@ class LocalJudge:
         return Traffic(waiting=self._waiting.qsize(), in_flight=self._in_flight, done=self._done)
 
     def asked(self, role: str, seeker: Seeker, judged_text: str) -> dict[str, Any]:
-        """All that determines a verdict."""
+        """All that determines a verdict. The device only rounds differently."""
         messages = self._messages(role, seeker, judged_text)
         return {"judge": "local", "model": self._config.model, "messages": messages}
 
     async def judge(self, role: str, seeker: Seeker, judged_text: str) -> Verdict:
         """The expected score; its reply tells the distribution that was read.
 
-        Failures: "prompt too long" for the model, "not a number". What the model raises is raised:
+        Failures: "prompt too long" for the model, "off the scale" (see LEAST_ON_SCALE), "not a
+        number". What the model raises is raised:
         it may be another time that memory suffices.
         """
         call = _Call(role, self._messages(role, seeker, judged_text))
@@ -105,12 +117,15 @@ class LocalJudge:
         while (call := self._waiting.get()) is not None:
             if self._closing.is_set():
                 call.verdict.cancel()
-            elif call.verdict.set_running_or_notify_cancel():  # False: nobody waits any more
-                self._in_flight = 1
-                call.tell_begin()
-                call.answer(self._judge(call))
-                self._in_flight = 0
-            self._done += 1
+            if not call.verdict.set_running_or_notify_cancel():  # nobody waits any more
+                self._done += 1
+                continue
+            self._in_flight = 1
+            call.tell_begin()
+            outcome = self._judge(call)
+            self._in_flight = 0
+            self._done += 1  # before anybody sees the answer, and then where the calls are
+            call.answer(outcome)
         self._closed.set_result(None)
 
     def _judge(self, call: "_Call") -> Verdict | Exception:
@@ -146,13 +161,34 @@ class _Call:
             self.verdict.set_result(outcome)
 
 
+def pick_device(setting: Device, policy: torch.device | None) -> torch.device:
+    """Where a model goes for a setting judge.device, beside a policy that is on this device.
+
+    Raises ValueError where there is no CUDA device.
+    """
+    if setting == "auto" and policy is not None:
+        return policy
+    has_gpu = torch.cuda.is_available()
+    if setting == "cuda" and not has_gpu:
+        raise ValueError(
+            "judge.device = cuda: PyTorch finds no CUDA device here; set judge.device to cpu"
+        )
+    if setting == "cpu" or not has_gpu:
+        return torch.device("cpu")
+    # The worker thread would take another device for the current one.
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def _verdict(role: str, read: Mapping[str, Distribution]) -> Verdict:
     """The sum of what is expected behind each label, and how it came about."""
     score = math.fsum(expectation(distribution) for distribution in read.values())
+    is_off = any(math.fsum(numbers.values()) < LEAST_ON_SCALE for numbers in read.values())
     lines = [in_words(label, distribution) for label, distribution in read.items()]
     if len(lines) > 1:
         lines.append(f"Total: {score:.2f}")
     reply = "\n".join(lines)
+    if is_off:
+        return Verdict(role, None, reply, failure="off the scale")
     if math.isnan(score):
         return Verdict(role, None, reply, failure="not a number")
     return Verdict(role, score, reply)

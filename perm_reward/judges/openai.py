@@ -1,5 +1,6 @@
 """A judge behind any OpenAI-compatible endpoint: OpenAI, vLLM, llama.cpp, `transformers serve`…"""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,10 +11,12 @@ from perm_reward.judges.complaints import complaint
 from perm_reward.judges.endpoints import Call, Endpoint, ask, make_endpoint
 from perm_reward.judges.faults import ErrorAnswer, failure_words
 from perm_reward.judges.replies import Reply, read_reply, read_usage
-from perm_reward.judges.request_form import FoundOut, requested
+from perm_reward.judges.request_form import Form, FoundOut, requested
 from perm_reward.prompts import Messages, Seeker, judge_messages
 from perm_reward.rubrics import RUBRICS, Rubric
 from perm_reward.verdict import Verdict, parse_bystander, parse_score
+
+_log = logging.getLogger(__name__)
 
 # What a check has judged: short, and as good as any.
 _CHECKED_ROLE = "expression"
@@ -84,9 +87,16 @@ class OpenAIJudge:
         return Verdict(role, None, words, failure, call.usage)
 
     def asked(self, role: str, seeker: Seeker, judged_text: str) -> dict[str, Any]:
-        """All that determines a verdict, fit for JSON, as far as the endpoint takes it."""
+        """All that determines a verdict, fit for JSON, as far as the endpoint takes it.
+
+        A model of the same name elsewhere may be another one, so the addresses are part of it (they
+        hold no secrets: see `JudgeConfig.endpoints`). The form of a request is not, schema or plain
+        text: it is found out while a run goes on, and found anew, perhaps otherwise, by a run that
+        is resumed, which would then not find what it has paid for.
+        """
         return {
             "messages": self._messages(role, seeker, judged_text),
+            "addresses": sorted({endpoint.connection.url for endpoint in self.endpoints}),
             "model": self.config.model,
             "temperature": self.config.temperature,
             "top_p": self.config.top_p,
@@ -127,7 +137,7 @@ class OpenAIJudge:
                     body = await endpoint.send(call, requested(self.config, messages, form, role))
                     call.usage += read_usage(body)
                     reply = read_reply(body)
-                    found_out.remember(form)
+                    self._remember(form, endpoint)
                     return reply
                 except (openai.APIStatusError, ErrorAnswer) as error:
                     other_form = found_out.form_after(error, form)
@@ -145,13 +155,26 @@ class OpenAIJudge:
                 request = requested(self.config, messages, form, _CHECKED_ROLE)
                 try:
                     read_reply(client.post("/chat/completions", cast_to=object, body=request))
-                    found_out.remember(form)
+                    self._remember(form, endpoint)
                     return
                 except (openai.APIStatusError, ErrorAnswer) as error:
                     other_form = found_out.form_after(error, form, times=2)
                     if other_form is None:
                         raise
                     form = other_form
+
+    def _remember(self, form: Form, endpoint: Endpoint) -> None:
+        """Keep the form that was answered. To sample otherwise than asked is not done silently."""
+        found_out = self._found_out(endpoint)
+        dropped = [name for name in ("temperature", "top_p") if name in form.left_out]
+        if dropped and not found_out.is_settled:
+            _log.warning(
+                "%s at %s refuses %s: it is asked without, and samples as it likes",
+                self.config.model,
+                endpoint.connection.url,
+                " and ".join(dropped),
+            )
+        found_out.remember(form)
 
     def _found_out(self, endpoint: Endpoint) -> FoundOut:
         return endpoint.found_out.setdefault(self.config.model, FoundOut())

@@ -3,6 +3,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from perm_reward.judges import JudgeConfig, RoleConfig, make_judge
 from perm_reward.rubrics import ROLES
@@ -14,6 +15,7 @@ SECRET = "sk-proj-0123456789abcdef"
     "name, value",
     [
         ("kind", "gpt"),
+        ("device", "gpu"),
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("top_p", 0),
@@ -152,13 +154,55 @@ def test_more_processes_than_calls_in_flight_are_refused():
         make_judge(config, share=(3, 4))
 
 
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("samples", {"kind": "local", "samples": 3}),
+        ("reception.samples", {"kind": "local", "reception": RoleConfig(samples=3)}),
+        ("reception.samples", {"kind": "openai", "reception": RoleConfig("local", samples=3)}),
+        ("reception.samples", {"samples": 3, "reception": RoleConfig("local")}),
+    ],
+)
+def test_several_samples_of_a_local_judge_are_refused(name, settings):
+    """They would be the same number, several times."""
+    with pytest.raises(ValueError) as caught:
+        JudgeConfig(**settings)
+    assert str(caught.value) == f"{name} = 3: a local judge is deterministic; set samples to 1"
+    JudgeConfig(kind="local", reception=RoleConfig("openai", samples=3))
+
+
+def test_a_local_model_goes_where_it_is_told(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "perm_reward.judges.local.load_score_reader",
+        lambda name, device, rubrics: made.append(str(device)),
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    policy = torch.device("cuda", 3)
+    for setting, beside, where in [
+        ("auto", policy, "cuda:3"),
+        ("auto", torch.device("cpu"), "cpu"),
+        ("auto", None, "cuda:1"),
+        ("cpu", policy, "cpu"),
+        ("cuda", torch.device("cpu"), "cuda:1"),
+    ]:
+        make_judge(JudgeConfig(kind="local", device=setting), device=beside)
+        assert made.pop() == where and not made
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    make_judge(JudgeConfig(kind="local"))
+    assert made == ["cpu"]
+    with pytest.raises(ValueError, match="^judge.device = cuda: PyTorch finds no CUDA device"):
+        make_judge(JudgeConfig(kind="local", device="cuda"))
+
+
 def test_a_local_model_is_loaded_once_whatever_it_ignores(monkeypatch):
     made = []
     monkeypatch.setattr(
         "perm_reward.judges.local.LocalJudge",
         lambda config, **how: made.append(config) or SimpleNamespace(label=config.model),
     )
-    config = JudgeConfig(kind="local", model="a", reception=RoleConfig(temperature=1.0, samples=2))
+    config = JudgeConfig(kind="local", model="a", reception=RoleConfig(temperature=1.0))
     make_judge(config)
     make_judge(replace(config, bystander=RoleConfig(model="b")))
     assert [one.model for one in made] == ["a", "a", "b"]

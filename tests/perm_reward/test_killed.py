@@ -17,6 +17,7 @@ import pytest
 from perm_reward.prompts import Seeker, judge_messages
 from perm_reward.rubrics import ROLES
 from perm_reward.verdict_store import read_verdicts
+from tests.perm_reward.conftest import completion
 
 ROOT = Path(__file__).parents[2]
 COMPLETIONS = 30
@@ -101,20 +102,8 @@ def reply_to(messages):
     digest = hashlib.sha256(json.dumps(messages).encode()).digest()
     is_bystander = messages[0] == BYSTANDER_INSTRUCTIONS
     text = f"Total: {6 + digest[0] % 95}" if is_bystander else f"Score: {1 + digest[0] % 5}"
-    return {
-        "id": "chatcmpl-1",
-        "object": "chat.completion",
-        "created": 0,
-        "model": "tiny",
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": text},
-                "finish_reason": "stop",
-            }
-        ],
-        "usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105},
-    }
+    usage = {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105}
+    return completion(text, "stop") | {"usage": usage}
 
 
 @pytest.fixture

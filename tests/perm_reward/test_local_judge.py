@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
-from perm_reward.judges import JudgeConfig
+from perm_reward.judges import JudgeConfig, local
 from perm_reward.judges.local import LocalJudge
 from perm_reward.prompts import Seeker, judge_messages
 from perm_reward.rubrics import ROLES, RUBRICS
@@ -29,6 +29,13 @@ SHORT = {
     for role, rubric in RUBRICS.items()
 }
 DIMENSIONS = ["Content effectiveness", "Structure and clarity"]
+
+
+@pytest.fixture(autouse=True)
+def any_mass_will_do(request, monkeypatch):
+    """The repository's tiny policy is no judge: it leaves little to the numbers."""
+    if not request.node.get_closest_marker("real"):
+        monkeypatch.setattr(local, "LEAST_ON_SCALE", 0.0)
 
 
 @pytest.fixture
@@ -248,6 +255,7 @@ def test_bfloat16_of_a_real_model_blurs_less_than_a_judge_tells_apart():
     reference._reader._model.float()
     alone = [ask(judge, [call])[0] for call in calls]
     assert ask(judge, calls) == alone
+    assert [verdict.failure for verdict in alone] == [None] * 6  # all are on the scale
     scores, exact_scores = ([v.score for v in vs] for vs in (alone, ask(reference, calls)))
     for one in (judge, reference):
         close(one)

@@ -113,6 +113,24 @@ def test_what_is_not_a_number_is_no_score(judge, stub):
     assert (verdict.score, verdict.failure) == (None, "not a number")
 
 
+@pytest.mark.parametrize("mass, is_read", [(0.011, True), (0.009, False), (0.0, False)])
+def test_what_is_hardly_on_the_scale_is_no_score(judge, stub, mass, is_read):
+    """An expectation over crumbs is a number like any other, and would be trained on."""
+    stub.answer = lambda text: {"Score": {1: mass / 4, 4: mass / 4, 5: mass / 2}}
+    [verdict] = ask(judge, "a")
+    if is_read:
+        assert (verdict.score, verdict.failure) == (pytest.approx(3.75), None)
+    else:
+        assert (verdict.score, verdict.failure) == (None, "off the scale")
+        assert f"on the scale: {100 * mass:.3g} %" in verdict.reply
+
+
+def test_each_dimension_of_a_bystander_must_be_on_the_scale(judge, stub):
+    stub.answer = lambda text: {"Objectivity": {10: 0.9}, "Accuracy": {0: 0.001, 1: 0.002}}
+    [verdict] = ask(judge, "a", role="bystander")
+    assert (verdict.score, verdict.failure) == (None, "off the scale")
+
+
 def test_a_prompt_that_does_not_fit_the_model_is_a_failure_of_its_own(judge):
     short, long = ask(judge, "a", "a" * 101)
     assert (short.score, long.score, long.failure) == (4, None, "prompt too long")

@@ -349,6 +349,7 @@ def test_what_a_verdict_was_asked_with(judge_server):
     asked = judge.asked("reception", ANNA, "I hear you.")
     assert asked == {
         "messages": judge_messages("reception", ANNA, "I hear you.", seed=7),
+        "addresses": [judge_server.url],
         "model": "tiny",
         "temperature": 0.7,
         "top_p": 0.8,
@@ -358,6 +359,40 @@ def test_what_a_verdict_was_asked_with(judge_server):
     assert asked != OpenAIJudge(config, seed=8).asked("reception", ANNA, "I hear you.")
     asyncio.run(judge.judge("reception", ANNA, "I hear you."))
     assert judge_server.exchanges[0].body["messages"] == asked["messages"]
+
+
+def test_a_model_of_the_same_name_elsewhere_is_another_judge(monkeypatch):
+    """In whatever order its endpoints are given, and whatever their keys."""
+    for name in "ABC":
+        monkeypatch.setenv(name, f"sk-{name}")
+
+    def asked(base_url, api_key_variable="A"):
+        where = {"base_url": base_url, "api_key_variable": api_key_variable}
+        return OpenAIJudge(JudgeConfig(kind="openai", model="tiny", **where)).asked(
+            "reception", ANNA, "I hear you."
+        )
+
+    one, other, both = "http://a/v1", "http://b/v1", "http://a/v1,http://b/v1"
+    assert asked(one) != asked(other) and asked(one) != asked("")
+    assert asked("") == asked("https://api.openai.com/v1")
+    assert asked(one) == asked(one + "/") == asked(one, "A,B")
+    assert asked(both, "A,B") == asked("http://b/v1, http://a/v1", "C")
+    assert "sk-" not in json.dumps(asked(both, "A,B"))
+
+
+def test_the_form_of_a_request_is_no_part_of_what_was_asked(judge_server):
+    def answer(exchange):
+        if "response_format" in exchange.body:
+            exchange.fail(400, "response_format is not supported")
+        else:
+            exchange.say("Score: 4")
+
+    judge_server.answer = answer
+    judge = OpenAIJudge(config_for(judge_server))
+    before = judge.asked("reception", ANNA, "I hear you.")
+    assert asyncio.run(judge.judge("reception", ANNA, "I hear you.")).score == 4
+    assert len(judge_server.exchanges) == 2, "another form was found out"
+    assert judge.asked("reception", ANNA, "I hear you.") == before
 
 
 def test_messages_are_written_when_their_call_has_its_turn(judge_server, monkeypatch):
@@ -684,6 +719,21 @@ def test_only_what_is_refused_is_left_out_and_found_out_once(judge_server, refus
     assert asyncio.run(judge.judge("expression", ANNA, "I hear you.")).score == 4
     assert judge_server.exchanges[-1].body == expected
     assert len(judge_server.exchanges) == len(refusals) + 2
+
+
+@pytest.mark.parametrize("names", [["temperature"], ["temperature", "top_p"], ["response_format"]])
+def test_sampling_otherwise_than_asked_is_told_once(judge_server, caplog, names):
+    errors = [{"error": {"message": f"{name} is not supported"}} for name in names]
+    judge_server.answer = refusing(*zip(map(holds, names), errors, strict=True))
+    assert [v.score for v in ask(config_for(judge_server), ["expression"] * 4)] == [4] * 4
+    ways = " and ".join(set(names) & {"temperature", "top_p"} and names)
+    told = (
+        f"tiny at {judge_server.url} refuses {ways}: it is asked without, and samples as it likes"
+    )
+    assert caplog.messages == ([told] if ways else [])
+    caplog.clear()
+    OpenAIJudge(config_for(judge_server)).check()
+    assert caplog.messages == ([told] if ways else [])
 
 
 def test_a_value_that_is_out_of_range_is_not_left_out(judge_server):

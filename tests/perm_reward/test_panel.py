@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -14,7 +15,7 @@ from perm_reward.prompts import Seeker
 from perm_reward.rubrics import ROLES
 from perm_reward.store_service import RemoteStore, serve_store, socket_path
 from perm_reward.verdict import Usage, Verdict
-from perm_reward.verdict_store import StoreError, VerdictStore, read_verdicts
+from perm_reward.verdict_store import StoreError, VerdictStore, now, read_verdicts
 
 ANNA = Seeker("Anna, a nurse", "Her shift was cut", "I feel invisible.")
 PAID = Usage(prompt_tokens=1000, cached_tokens=800, completion_tokens=50)
@@ -420,6 +421,42 @@ def test_failures_cost_too():
     own = panel(FakeJudge("unparsable"), prices=Prices(input=1.0))
     ask(own)
     assert own.costs()["reception"] == Cost(1, 1000, 800, 50, pytest.approx(1e-3), found=0)
+
+
+def test_what_was_paid_after_the_account_was_closed_is_charged_once(store):
+    """A run goes on from an account that knows of the first call, but not of those after it: a
+    failure, and the answer when it was asked about again."""
+    before = panel(FakeJudge(4, "unparsable", 5), store=store)
+    ask(before, "a")
+    time.sleep(0.002)  # times are kept in milliseconds
+    moment = now()
+    time.sleep(0.002)
+    ask(before, "b")
+    before.forget_failures()
+    ask(before, "b")
+    assert before.costs()["reception"].calls == 3
+
+    judge = FakeJudge()
+    after = panel(judge, prices=Prices(input=1.0), store=store)
+    after.charge_after(moment)
+    assert ask(after, "a").usage == Usage()
+    assert after.costs()["reception"] == Cost(found=1)
+    assert ask(after, "b") == Verdict("reception", 5, "Score: 5", usage=PAID + PAID)
+    assert after.costs()["reception"] == Cost(2, 2000, 1600, 100, pytest.approx(2e-3), found=1)
+    ask(after, "b")
+    ask(after, "c")
+    ask(after, "c")
+    assert after.costs()["reception"] == Cost(3, 3000, 2400, 150, pytest.approx(3e-3), found=3)
+    assert len(judge.calls) == 1
+
+
+def test_a_failure_is_charged_even_if_it_is_asked_about_again(store):
+    ask(panel(FakeJudge("unparsable"), store=store), "a")
+    after = panel(FakeJudge(3), store=store)
+    after.charge_after("")
+    after.forget_failures()
+    assert ask(after, "a").score == 3
+    assert after.costs()["reception"] == Cost(2, 2000, 1600, 100, 0.0, found=0)
 
 
 def test_cached_tokens_without_a_price_of_their_own_cost_as_others():

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 import perm_reward.background
-from perm_reward import PermReward, RewardConfig
+from perm_reward import JudgeConfig, PermReward, RewardConfig, make_judge
 from perm_reward.aggregate import perm_reward as combine
 from perm_reward.judges.clock import call_begins
 from perm_reward.rubrics import ROLES
@@ -149,6 +149,22 @@ def test_without_ids_the_tokenizer_counts():
         assert value == combine(5, 4, 2, 70, tokens).total
         [value] = reward([""], [long], completion_ids=[[1] * 5], **columns(1))
         assert value == combine(5, 4, 2, 70, 5).total
+
+
+def test_what_is_flagged_goes_by_the_rubrics_of_the_run(tmp_path):
+    """A policy that recites its judges' rubrics recites those that they were given."""
+    scale = ["1: a.", "2: b.", "3: c.", "4: d.", "5: you put down the stone that you carried."]
+    path = tmp_path / "rubrics.toml"
+    path.write_text(f'[reception]\nstance = "You judge."\nscale = {json.dumps(scale)}\n')
+    text = GOOD + " You put down the stone that you carried."
+    for rubrics, expected in ((str(path), ["judge"]), ("", [])):
+        with PermReward(make_judge(JudgeConfig(rubrics=rubrics))) as reward:
+            future = reward.submit("prompt", text, [1], **ROW)
+            future.result(20)
+            assert (future.details["flags"], future.details["flagged"]) == (
+                expected,
+                bool(expected),
+            )
 
 
 # --- a broken form -------------------------------------------------------------------------------

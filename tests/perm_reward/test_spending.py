@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from perm_reward import JudgeConfig, Seeker
@@ -7,6 +9,7 @@ from perm_reward.panel import Cost
 from perm_reward.prompts import judge_messages
 from perm_reward.rubrics import ROLES
 from perm_reward.spending import Spending
+from perm_reward.verdict_store import now
 
 SEEKERS = [
     Seeker("a nurse", "lost her cat", "She was old."),
@@ -67,6 +70,10 @@ class Bill:
 
     def __init__(self, money: float = 0.0) -> None:
         self.money = money
+        self.charges_after = None
+
+    def charge_after(self, moment):
+        self.charges_after = moment
 
     def costs(self):
         return {
@@ -104,6 +111,19 @@ def test_costs_are_those_of_all_processes():
     assert spending.allows(4) and not spending.allows(5)
 
 
+def test_the_account_tells_from_when_on_verdicts_are_not_in_it():
+    """A run may stop, and save its checkpoint, in the middle of a step that it has paid for."""
+    spending = spending_of(Bill(), 10.0)
+    before = now()
+    spending.record(completions=8)
+    recorded, state = now(), spending.state_dict()
+    time.sleep(0.005)
+    assert spending.state_dict() == state, "the moment of the account, not of the checkpoint"
+    later = Bill()
+    spending_of(later, 10.0).load_state_dict(state)
+    assert before <= later.charges_after <= recorded
+
+
 def test_without_a_budget_everything_is_allowed():
     spending = spending_of(Bill(1e9), budget=0.0)
     spending.record(completions=1)
@@ -117,6 +137,7 @@ def test_a_run_that_goes_on_knows_what_was_spent():
     resumed = spending_of(later, 10.0, per_completion=0.1)
     resumed.load_state_dict(spending.state_dict())
     assert str(resumed) == str(spending)
+    assert resumed.state_dict() == spending.state_dict()
     for one in (spending, resumed):
         assert one.allows(5) and not one.allows(6)
     later.money = 1.0  # paid by the process that went on

@@ -16,7 +16,7 @@ import pytest
 import perm_reward.store_service as store_service
 from perm_reward.store_service import RemoteStore, serve_store, socket_path
 from perm_reward.verdict import Usage, Verdict
-from perm_reward.verdict_store import StoreError, VerdictStore, read_verdicts
+from perm_reward.verdict_store import StoreError, VerdictStore, now, read_verdicts
 
 ODD = "half a pair \ud83d, two halves \ud83d\ude00, whole 😀, nul \x00, line\n\u2028end"
 SCORED = Verdict("reception", 4, ODD, usage=Usage(900, 800, 30))
@@ -75,6 +75,15 @@ def test_what_one_process_keeps_another_finds(service, path):
         ("tiny", "text", SCORED),
         ("tiny", "text", FAILED),
     ]
+
+
+def test_what_was_paid_is_told(service, path):
+    async def pay_twice(store):
+        await put(store, "a", FAILED)
+        await put(store, "a", SCORED)
+        return [await store.paid_after(moment, "a") for moment in ("", now())]
+
+    assert with_remote(path, pay_twice) == [[FAILED.usage, SCORED.usage], []]
 
 
 def test_answers_go_to_those_who_asked(service, path):

@@ -2,6 +2,7 @@
 
 import timeit
 import unicodedata
+from dataclasses import replace
 
 import pytest
 
@@ -94,6 +95,30 @@ def test_the_best_lines_of_the_rubrics_are_known(role):
 def test_whole_lines_of_the_lower_levels_are_known(role):
     lines = [line.partition(": ")[2] for line in RUBRICS[role].scale]
     assert all("judge" in flags(line) for line in lines if line != "mechanical; a form letter.")
+
+
+def test_the_rubrics_are_those_of_the_run():
+    own = replace(
+        RUBRICS["reception"],
+        scale=(
+            "1: you leave.",
+            "2: you listen to it and stay where you are for now.",
+            "3: it helps.",
+            "4: it helps a lot.",
+            "5: you put down the stone that you carried.",
+        ),
+    )
+    rubrics = RUBRICS | {"reception": own}
+    for quoted in (
+        "You put down the stone that you carried.",
+        "You listen to it and stay where you are for now.",
+    ):
+        assert flags(quoted) == []
+        assert flags(quoted, rubrics) == ["judge"]
+    replaced = "It moves you, and you want to go on talking."
+    assert flags(replaced) == ["judge"] and flags(replaced, rubrics) == []
+    kept = "Exact, evocative and brief; words that fit nobody else"
+    assert flags(kept) == flags(kept, rubrics) == ["judge"]
 
 
 def test_a_few_words_of_a_rubric_are_anybodys():

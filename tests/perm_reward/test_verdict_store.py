@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from perm_reward.verdict import Usage, Verdict
-from perm_reward.verdict_store import StoreError, VerdictStore, read_verdicts, verdict_key
+from perm_reward.verdict_store import StoreError, VerdictStore, now, read_verdicts, verdict_key
 
 ROOT = Path(__file__).parents[2]
 SYSTEM = "You judge how well a supporter understands a person who came for support. " * 30
@@ -102,13 +102,28 @@ def test_everything_that_determines_a_verdict_is_in_its_key():
     assert verdict_key("reception", reordered, 0) == keys[0]
 
 
-def test_the_newer_verdict_replaces_the_older_and_is_read_last(store, path):
-    key = keep(store, "first", Verdict("reception", None, "", "timeout"))
+def a_moment():
+    """The time now, with nothing else in the same millisecond."""
+    threading.Event().wait(0.002)
+    moment = now()
+    threading.Event().wait(0.002)
+    return moment
+
+
+def test_the_newer_verdict_holds_and_the_older_stays(store, path):
+    """A failure that was asked about again was paid for too, and its reply can be read."""
+    failed = Verdict("reception", None, "Four, I think.", "unparsable", Usage(900, 0, 12))
+    key = keep(store, "first", failed)
     keep(store, "second", scored())
+    between = a_moment()
     assert keep(store, "first", scored(5)) == key
     assert store.get(key) == scored(5)
+    assert store.paid_after("", key) == [failed.usage, scored().usage]
+    assert store.paid_after(between, key) == [scored().usage]
+    assert store.paid_after(a_moment(), key) == store.paid_after("", "none") == []
     store.close()
-    assert [row.judged_text for row in read_verdicts(path.parents[1])] == ["second", "first"]
+    rows = [(row.judged_text, row.verdict) for row in read_verdicts(path.parents[1])]
+    assert rows == [("first", failed), ("second", scored()), ("first", scored(5))]
 
 
 def test_odd_texts_come_back_unchanged(store, path):
@@ -157,6 +172,50 @@ def test_nothing_of_the_environment_is_kept(store, path, monkeypatch):
     files = list(path.parents[1].rglob("*"))
     assert path in files
     assert not any(b"9f8e7d6c5b4a" in file.read_bytes() for file in files if file.is_file())
+
+
+# --- the stores of other nodes ------------------------------------------------------------------
+
+
+def test_what_other_nodes_kept_is_found_and_left_to_them(tmp_path):
+    """A run that goes on on one node of two has paid for the verdicts of both."""
+    folder = tmp_path / "verdicts"
+    of_node = [VerdictStore(folder / f"node-{i}.sqlite") for i in range(2)]
+    keys = [keep(of_node[i % 2], f"text {i}", scored(1 + i % 5)) for i in range(10)]
+    of_node[0].close()
+    failure = Verdict("reception", None, "", "timeout", Usage(1, 0, 0))
+    keep(of_node[1], "both", failure)
+    a_moment()
+    before = (folder / "node-1.sqlite").read_bytes()
+    store = VerdictStore(folder / "node-0.sqlite", beside=True)  # the other one is open still
+    assert [store.get(key).score for key in keys] == [1 + i % 5 for i in range(10)]
+    both = keep(store, "both", scored(5))
+    assert store.get(both) == scored(5)
+    assert store.paid_after("", both) == [scored().usage, failure.usage]
+    store.close()
+    assert (folder / "node-1.sqlite").read_bytes() == before
+    a_moment()
+    keep(of_node[1], "both", scored(2))
+    of_node[1].close()
+    alone = VerdictStore(folder / "node-0.sqlite")
+    assert [alone.get(key) is None for key in keys] == [False, True] * 5
+    assert alone.get(both) == scored(5)
+    alone.close()
+    third = VerdictStore(folder / "node-2.sqlite", beside=True)
+    assert third.get(both) == scored(2), "the newest of all, wherever it is"
+    third.close()
+    assert len(list(read_verdicts(tmp_path))) == 13
+
+
+def test_a_store_beside_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "node-1.sqlite").write_text("no database " * 1000)
+    for _ in range(2):  # what was opened before it is let go
+        with pytest.raises(StoreError, match="^.*node-1.sqlite: is no store of verdicts; "):
+            VerdictStore(tmp_path / "node-0.sqlite", beside=True)
+    (tmp_path / "node-1.sqlite").write_bytes(b"")  # just being made
+    store = VerdictStore(tmp_path / "node-0.sqlite", beside=True)
+    assert store.get("none") is None
+    store.close()
 
 
 # --- one process ---------------------------------------------------------------------------------
