@@ -1,0 +1,354 @@
+"""What each GPU will hold, and when: `train.py --plan`, without any GPU and without weights.
+
+What is kept (weights, gradients, moments, copies) follows from the parameters' shapes and from how
+FSDP2 shards them; what only lives for a while is found by rehearsing it (rehearsal.py). A plan is
+a list of moments, the most crowded of each phase:
+
+    generate      completions grow
+    reference     a row is scored under the reference
+    log-probs     a row's log-probs, and their gradients, in the update
+    layers        the backward pass through the layers
+    embeddings    the last gradients, those of embeddings and head, are summed over ranks
+    refill        the copy that generates gets the new weights
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from grpo.config import Config, ConfigError
+from grpo.decoding import Size
+from grpo.generation import Branch, size_for
+from grpo.packing import plan_rows
+from grpo.rehearsal import DecodingBytes, RowBytes, rehearse_decoding, rehearse_row
+from grpo.trainer import enable_checkpointing
+
+GIB = 2**30
+FLOAT32 = 4  # bytes
+# Of a GPU's memory, for what no tensor holds: CUDA itself, NCCL's buffers, gaps between tensors.
+MARGIN = 0.1
+LAYERS_REHEARSED = 2  # and one more, to see what each of the others adds
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Nodes, GPUs on each of them, and GiB of memory on each GPU."""
+
+    nodes: int
+    gpus: int
+    gib: float
+
+    @property
+    def ranks(self) -> int:
+        """GPUs in all: one process each."""
+        return self.nodes * self.gpus
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What the fullest GPU holds at a moment, in bytes by kind."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The moments of a step, and what each node's own memory must hold."""
+
+    weights: int
+    moments: list[Moment]
+    host: dict[str, int]
+
+    @property
+    def peak(self) -> Moment:
+        """The most crowded moment."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+    def fits(self, machine: Machine) -> bool:
+        """Whether every moment leaves the margin free."""
+        return self.peak.total <= (1 - MARGIN) * machine.gib * GIB
+
+
+def parse_machine(text: str, environment: Mapping[str, str] = os.environ) -> Machine:
+    """The machine that "4x8x80" (nodes, GPUs, GiB), "8x80" or "80" describes.
+
+    With the memory alone, the numbers of nodes and GPUs are those that torchrun has told this
+    process, or 1. Raises ConfigError.
+    """
+    try:
+        *counts, gib = text.split("x")
+        if counts:
+            gpus, nodes = int(counts[-1]), int(counts[0]) if len(counts) > 1 else 1
+        else:
+            ranks = int(environment.get("WORLD_SIZE", 1))
+            gpus = int(environment.get("LOCAL_WORLD_SIZE", ranks))
+            nodes = ranks // gpus
+        machine = Machine(nodes, gpus, float(gib))
+        if len(counts) > 2 or min(nodes, gpus) < 1 or not 0 < machine.gib < float("inf"):
+            raise ValueError
+    except ValueError as error:
+        raise ConfigError(
+            f"--plan {text}: must be nodes x GPUs x GiB per GPU, such as 4x8x80, or 8x80 for one "
+            "node, or 80"
+        ) from error
+    return machine
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+@cache
+def read_config(name: str) -> PreTrainedConfig:
+    """A model's configuration, by hub name or folder: all that is read of it. Raises ConfigError."""
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{name}: no such folder, and the hub does not know it, does not give it out, or cannot "
+            "be reached; --plan needs its config.json"
+        ) from error
+
+
+def form_of(
+    config: PreTrainedConfig, dtype: torch.dtype, layers: int | None = None
+) -> PreTrainedModel:
+    """A model without memory, with its own number of layers or another."""
+    changed = type(config).from_dict(config.to_dict())
+    text = changed.get_text_config()
+    text.num_hidden_layers = layers or text.num_hidden_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = (text.layer_types * text.num_hidden_layers)[: text.num_hidden_layers]
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(changed, dtype=dtype).eval()
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How FSDP2 cuts parameters, by rows, over so many ranks.
+
+    Rank 0 has the most: rows / ranks, rounded up, of each parameter. Gathered, or before gradients
+    are summed over the ranks, a parameter takes that times the ranks.
+    """
+
+    ranks: int
+
+    def own(self, parameters: Iterable[Tensor], width: int) -> int:
+        """Bytes of rank 0's shares, `width` bytes a number."""
+        return sum(-(-len(p) // self.ranks) * (p.numel() // len(p)) for p in parameters) * width
+
+    def whole(self, parameters: Iterable[Tensor], width: int) -> int:
+        """Bytes of all shares."""
+        return self.ranks * self.own(parameters, width)
+
+
+# --- what is rehearsed ---------------------------------------------------------------------------
+
+
+def beyond(two: int, three: int, layers: int) -> int:
+    """What so many layers take, where two and three take that much: each adds the same."""
+    return two + (layers - LAYERS_REHEARSED) * (three - two)
+
+
+@cache
+def row_bytes(
+    name: str, dtype: torch.dtype, tokens: int, temperature: float, checkpointing: bool
+) -> RowBytes:
+    """`rehearse_row` for all layers, found with two and three of them."""
+    config = read_config(name)
+    found = []
+    for layers in (LAYERS_REHEARSED, LAYERS_REHEARSED + 1):
+        model = form_of(config, dtype, layers)
+        if checkpointing:
+            enable_checkpointing(model.train())
+        found.append(vars(rehearse_row(model, tokens, temperature)))
+    layers = config.get_text_config().num_hidden_layers
+    return RowBytes(**{key: beyond(found[0][key], found[1][key], layers) for key in found[0]})
+
+
+@cache
+def decoding_bytes(name: str, dtype: torch.dtype, size: Size, temperature: float) -> DecodingBytes:
+    """`rehearse_decoding` for all layers, found with two and three of them."""
+    config = read_config(name)
+    found = [
+        vars(rehearse_decoding(form_of(config, dtype, layers), size, temperature))
+        for layers in (LAYERS_REHEARSED, LAYERS_REHEARSED + 1)
+    ]
+    layers = config.get_text_config().num_hidden_layers
+    return DecodingBytes(**{key: beyond(found[0][key], found[1][key], layers) for key in found[0]})
+
+
+def decoding_sizes(config: Config, ranks: int) -> list[Size]:
+    """The decoders of a rank, for training and evaluation; one for both where it is kept."""
+    rollout, sizes = config.rollout, []
+    for prompts, samples in (
+        (config.grpo.prompts_per_step, config.grpo.group_size),
+        (config.data.heldout_records, config.evaluation.samples),
+    ):
+        waiting = [
+            [Branch(i, j, rollout.max_completion_tokens)] * min(rollout.max_rows, samples - j)
+            for i in range(-(-prompts // ranks))
+            for j in range(0, samples, rollout.max_rows)
+        ]
+        longest = [range(rollout.max_prompt_tokens)]
+        sizes.append(size_for(waiting, longest, rollout.max_rows).in_buckets())
+    return [sizes[0].join(sizes[1])] if rollout.keep_weights else sizes
+
+
+def rows_of_update(config: Config, ranks: int) -> tuple[int, int]:
+    """Most tokens in a row, and most rows in an update, of a rank."""
+    prompt, completion = config.rollout.max_prompt_tokens, config.rollout.max_completion_tokens
+    prompts = -(-config.grpo.prompts_per_step // config.grpo.updates_per_rollout // ranks)
+    group = [prompt] + [completion] * config.grpo.group_size
+    rows = plan_rows([group] * prompts, config.train.tokens_per_row)
+    everything = prompts * (prompt + config.grpo.group_size * (completion - 1))
+    shortest = prompt + completion - 1  # a row has at least one completion
+    return min(max(config.train.tokens_per_row, shortest), everything), len(rows)
+
+
+# --- the plan ------------------------------------------------------------------------------------
+
+
+def make_plan(config: Config, name: str, machine: Machine, judges: Sequence[str] = ()) -> Plan:
+    """What the settings need on that machine.
+
+    name: hub name or folder of the policy; judges: of the models that judge on the same GPUs.
+    Raises ConfigError for a model that cannot be found.
+    """
+    dtype = getattr(torch, config.policy.compute_dtype)
+    width = dtype.itemsize
+    form = form_of(read_config(name), dtype)
+    shards = Shards(machine.gpus if config.policy.sharding == "hybrid" else machine.ranks)
+    everything = list(form.parameters())
+    layer = list(form.get_decoder().layers[0].parameters())
+    in_layers = list(form.get_decoder().layers.parameters())
+    ends = [p for p in everything if not any(p is other for other in in_layers)]
+    head = form.get_output_embeddings().weight
+
+    tokens, rows = rows_of_update(config, machine.ranks)
+    temperature = config.rollout.temperature
+    row = row_bytes(name, dtype, tokens, temperature, config.train.gradient_checkpointing)
+    decoding = max(
+        (
+            decoding_bytes(name, dtype, size, temperature)
+            for size in decoding_sizes(config, machine.ranks)
+        ),
+        key=lambda found: found.state + found.work,
+    )
+    always = {
+        "weights": shards.own(everything, FLOAT32),
+        "optimiser": 2 * shards.own(everything, FLOAT32),
+        "judge": sum(2 * count(judge) for judge in judges),
+    }
+    has_reference = config.grpo.kl_coef > 0
+    reference = shards.own(everything, width) if has_reference else 0
+    on_gpu = {} if config.policy.offload_reference else {"reference": reference}
+    generation = {
+        "generation copy": sum(p.numel() for p in everything) * width,
+        "key-value cache": decoding.state,
+        "decoding": decoding.work,
+    }
+    kept = always | on_gpu | (generation if config.rollout.keep_weights else {})
+
+    # One layer is gathered while the one before it is still there, or the next one comes.
+    several = shards.ranks > 1
+    one_layer = shards.whole(layer, width)
+    gathered = shards.whole(ends, width) + (2 if several else 1) * one_layer
+    gradients = shards.own(everything, FLOAT32)
+    before = gradients if rows > 1 else 0  # of the rows before the last one
+    # Added to what is there: then the sum over ranks has memory of its own.
+    sums = {True: shards.own(layer, FLOAT32), False: 0}[rows > 1]
+    of_layers = row.kept * (form.config.get_text_config().num_hidden_layers - 1)
+    of_layers //= form.config.get_text_config().num_hidden_layers
+    summed = shards.whole(layer, width) + shards.whole(layer, FLOAT32) + sums
+    first = Moment(
+        "layers",
+        kept
+        | {
+            "gradients": before,
+            "gathered weights": gathered,
+            "gradients in flight": head.numel() * width + one_layer,
+            "activations": row.backward,
+        },
+    )
+    last = Moment(
+        "layers",
+        kept
+        | {
+            "gradients": max(before, shards.own(in_layers, FLOAT32)),
+            "gathered weights": gathered,
+            "gradients in flight": head.numel() * width + summed,
+            "activations": row.backward - of_layers,
+        },
+    )
+    in_float32 = shards.whole(ends, FLOAT32)
+    # With one rank FSDP2 divides the sum by 1 into a copy.
+    reduced = (2 * in_float32 if not several else in_float32) + (
+        shards.own(ends, FLOAT32) if rows > 1 else 0
+    )
+    moments = [
+        Moment("generate", always | on_gpu | generation),
+        Moment(
+            "log-probs",
+            kept
+            | {
+                "gradients": before,
+                "gathered weights": shards.whole(ends, width) + (one_layer if several else 0),
+                "activations": row.kept,
+                "logits": row.logprobs - row.kept,
+            },
+        ),
+        max(first, last, key=lambda moment: moment.total),
+        Moment(
+            "embeddings",
+            kept
+            | {
+                "gradients": gradients,
+                "gradients in flight": max(shards.whole(ends, width) + in_float32, reduced),
+            },
+        ),
+        Moment(
+            "refill",
+            kept
+            | generation
+            | {
+                "gathered weights": max(shards.whole([p], FLOAT32) for p in everything)
+                if several
+                else 0
+            },
+        ),
+    ]
+    if has_reference:
+        at_logprobs = row.scored > row.forward
+        moments.insert(
+            1,
+            Moment(
+                "reference",
+                kept
+                | {
+                    "gathered weights": gathered,
+                    "activations": row.hidden if at_logprobs else row.forward,
+                    "logits": row.scored - row.hidden if at_logprobs else 0,
+                },
+            ),
+        )
+    host = {}
+    if config.policy.offload_reference:
+        host["reference"] = machine.gpus * reference
+    return Plan(sum(p.numel() for p in everything), moments, host)
+
+
+@cache
+def count(name: str) -> int:
+    """A model's parameters, tied ones once."""
+    return sum(p.numel() for p in form_of(read_config(name), torch.bfloat16).parameters())
