@@ -1,8 +1,8 @@
 """What each GPU will hold, and when: `train.py --plan`, without any GPU and without weights.
 
 What is kept (weights, gradients, moments, copies) follows from the parameters' shapes and from how
-FSDP2 shards them; what only lives for a while is found by rehearsing it (rehearsal.py). A plan is
-a list of moments, the most crowded of each phase:
+FSDP2 shards them (sharded_bytes.py); what only lives for a while is found by rehearsing it
+(rehearsal.py). A plan is a list of moments, the most crowded of each phase:
 
     generate      completions grow
     reference     a row is scored under the reference
@@ -13,12 +13,11 @@ a list of moments, the most crowded of each phase:
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from grpo.config import Config, ConfigError
@@ -26,10 +25,10 @@ from grpo.decoding import Size
 from grpo.generation import Branch, size_for
 from grpo.packing import plan_rows
 from grpo.rehearsal import DecodingBytes, RowBytes, rehearse_decoding, rehearse_row
+from grpo.sharded_bytes import FLOAT32, Moment, ShardedPolicy
 from grpo.trainer import enable_checkpointing
 
 GIB = 2**30
-FLOAT32 = 4  # bytes
 # Of a GPU's memory, for what no tensor holds: CUDA itself, NCCL's buffers, gaps between tensors.
 MARGIN = 0.1
 LAYERS_REHEARSED = 2  # and one more, to see what each of the others adds
@@ -47,19 +46,6 @@ class Machine:
     def ranks(self) -> int:
         """GPUs in all: one process each."""
         return self.nodes * self.gpus
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What the fullest GPU holds at a moment, in bytes by kind."""
-
-    name: str
-    parts: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        """Bytes in all."""
-        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -110,13 +96,13 @@ def parse_machine(text: str, environment: Mapping[str, str] = os.environ) -> Mac
 
 @cache
 def read_config(name: str) -> PreTrainedConfig:
-    """A model's configuration, by hub name or folder: all that is read of it. Raises ConfigError."""
+    """A model's configuration, all that is read of it. Raises ConfigError."""
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{name}: no such folder, and the hub does not know it, does not give it out, or cannot "
-            "be reached; --plan needs its config.json"
+            f"{name}: no such folder, and the hub does not know it, does not give it out, or "
+            "cannot be reached; --plan needs its config.json"
         ) from error
 
 
@@ -131,25 +117,6 @@ def form_of(
         text.layer_types = (text.layer_types * text.num_hidden_layers)[: text.num_hidden_layers]
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(changed, dtype=dtype).eval()
-
-
-@dataclass(frozen=True)
-class Shards:
-    """How FSDP2 cuts parameters, by rows, over so many ranks.
-
-    Rank 0 has the most: rows / ranks, rounded up, of each parameter. Gathered, or before gradients
-    are summed over the ranks, a parameter takes that times the ranks.
-    """
-
-    ranks: int
-
-    def own(self, parameters: Iterable[Tensor], width: int) -> int:
-        """Bytes of rank 0's shares, `width` bytes a number."""
-        return sum(-(-len(p) // self.ranks) * (p.numel() // len(p)) for p in parameters) * width
-
-    def whole(self, parameters: Iterable[Tensor], width: int) -> int:
-        """Bytes of all shares."""
-        return self.ranks * self.own(parameters, width)
 
 
 # --- what is rehearsed ---------------------------------------------------------------------------
@@ -226,129 +193,46 @@ def make_plan(config: Config, name: str, machine: Machine, judges: Sequence[str]
     Raises ConfigError for a model that cannot be found.
     """
     dtype = getattr(torch, config.policy.compute_dtype)
-    width = dtype.itemsize
     form = form_of(read_config(name), dtype)
-    shards = Shards(machine.gpus if config.policy.sharding == "hybrid" else machine.ranks)
-    everything = list(form.parameters())
-    layer = list(form.get_decoder().layers[0].parameters())
-    in_layers = list(form.get_decoder().layers.parameters())
-    ends = [p for p in everything if not any(p is other for other in in_layers)]
-    head = form.get_output_embeddings().weight
-
     tokens, rows = rows_of_update(config, machine.ranks)
-    temperature = config.rollout.temperature
-    row = row_bytes(name, dtype, tokens, temperature, config.train.gradient_checkpointing)
-    decoding = max(
-        (
-            decoding_bytes(name, dtype, size, temperature)
-            for size in decoding_sizes(config, machine.ranks)
-        ),
-        key=lambda found: found.state + found.work,
-    )
-    always = {
-        "weights": shards.own(everything, FLOAT32),
-        "optimiser": 2 * shards.own(everything, FLOAT32),
-        "judge": sum(2 * count(judge) for judge in judges),
-    }
-    has_reference = config.grpo.kl_coef > 0
-    reference = shards.own(everything, width) if has_reference else 0
-    on_gpu = {} if config.policy.offload_reference else {"reference": reference}
-    generation = {
-        "generation copy": sum(p.numel() for p in everything) * width,
-        "key-value cache": decoding.state,
-        "decoding": decoding.work,
-    }
-    kept = always | on_gpu | (generation if config.rollout.keep_weights else {})
-
-    # One layer is gathered while the one before it is still there, or the next one comes.
-    several = shards.ranks > 1
-    one_layer = shards.whole(layer, width)
-    gathered = shards.whole(ends, width) + (2 if several else 1) * one_layer
-    gradients = shards.own(everything, FLOAT32)
-    before = gradients if rows > 1 else 0  # of the rows before the last one
-    # Added to what is there: then the sum over ranks has memory of its own.
-    sums = {True: shards.own(layer, FLOAT32), False: 0}[rows > 1]
-    of_layers = row.kept * (form.config.get_text_config().num_hidden_layers - 1)
-    of_layers //= form.config.get_text_config().num_hidden_layers
-    summed = shards.whole(layer, width) + shards.whole(layer, FLOAT32) + sums
-    first = Moment(
-        "layers",
-        kept
-        | {
-            "gradients": before,
-            "gathered weights": gathered,
-            "gradients in flight": head.numel() * width + one_layer,
-            "activations": row.backward,
-        },
-    )
-    last = Moment(
-        "layers",
-        kept
-        | {
-            "gradients": max(before, shards.own(in_layers, FLOAT32)),
-            "gathered weights": gathered,
-            "gradients in flight": head.numel() * width + summed,
-            "activations": row.backward - of_layers,
-        },
-    )
-    in_float32 = shards.whole(ends, FLOAT32)
-    # With one rank FSDP2 divides the sum by 1 into a copy.
-    reduced = (2 * in_float32 if not several else in_float32) + (
-        shards.own(ends, FLOAT32) if rows > 1 else 0
-    )
-    moments = [
-        Moment("generate", always | on_gpu | generation),
-        Moment(
-            "log-probs",
-            kept
-            | {
-                "gradients": before,
-                "gathered weights": shards.whole(ends, width) + (one_layer if several else 0),
-                "activations": row.kept,
-                "logits": row.logprobs - row.kept,
-            },
-        ),
-        max(first, last, key=lambda moment: moment.total),
-        Moment(
-            "embeddings",
-            kept
-            | {
-                "gradients": gradients,
-                "gradients in flight": max(shards.whole(ends, width) + in_float32, reduced),
-            },
-        ),
-        Moment(
-            "refill",
-            kept
-            | generation
-            | {
-                "gathered weights": max(shards.whole([p], FLOAT32) for p in everything)
-                if several
-                else 0
-            },
-        ),
+    temperature, checkpointing = config.rollout.temperature, config.train.gradient_checkpointing
+    row = row_bytes(name, dtype, tokens, temperature, checkpointing)
+    decoding = [
+        decoding_bytes(name, dtype, size, temperature)
+        for size in decoding_sizes(config, machine.ranks)
     ]
-    if has_reference:
-        at_logprobs = row.scored > row.forward
-        moments.insert(
-            1,
-            Moment(
-                "reference",
-                kept
-                | {
-                    "gathered weights": gathered,
-                    "activations": row.hidden if at_logprobs else row.forward,
-                    "logits": row.scored - row.hidden if at_logprobs else 0,
-                },
-            ),
-        )
-    host = {}
-    if config.policy.offload_reference:
-        host["reference"] = machine.gpus * reference
-    return Plan(sum(p.numel() for p in everything), moments, host)
+    largest = max(decoding, key=lambda found: found.state + found.work)
+    policy = ShardedPolicy(
+        form,
+        ranks=machine.gpus if config.policy.sharding == "hybrid" else machine.ranks,
+        width=dtype.itemsize,
+    )
+    has_reference = config.grpo.kl_coef > 0
+    reference = policy.own(policy.parameters, policy.width) if has_reference else 0
+    on_cpu = config.policy.offload_reference
+    always = {
+        "weights": policy.own(policy.parameters, FLOAT32),
+        "optimiser": 2 * policy.own(policy.parameters, FLOAT32),
+        "reference": 0 if on_cpu else reference,
+        "judges": sum(2 * weights_of(judge) for judge in judges),
+    }
+    generation = {
+        "generation copy": sum(p.numel() for p in policy.parameters) * policy.width,
+        "key-value cache": largest.state,
+        "decoding": largest.work,
+    }
+    kept = always | (generation if config.rollout.keep_weights else {})
+    moments = [
+        Moment("generate", always | generation),
+        *([policy.reference_pass(row).beside(kept)] if has_reference else []),
+        *(moment.beside(kept) for moment in policy.update(row, rows)),
+        policy.refill().beside(always | generation),
+    ]
+    host = {"the reference": machine.gpus * reference} if on_cpu else {}
+    return Plan(sum(p.numel() for p in policy.parameters), moments, host)
 
 
 @cache
-def count(name: str) -> int:
-    """A model's parameters, tied ones once."""
+def weights_of(name: str) -> int:
+    """How many weights a model has, tied ones counted once."""
     return sum(p.numel() for p in form_of(read_config(name), torch.bfloat16).parameters())

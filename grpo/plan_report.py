@@ -30,6 +30,7 @@ def report(
     lines = [
         f"{name}: {plan.weights:,} weights, on {machine.nodes} × {machine.gpus} GPUs of "
         f"{machine.gib:g} GiB",
+        sharing(config, machine.ranks),
         "",
         *table(plan),
         "",
@@ -41,6 +42,16 @@ def report(
     if found:
         lines += ["", *savings_table(found, limit)]
     return "\n".join(lines) + "\n", fits
+
+
+def sharing(config: Config, ranks: int) -> str:
+    """How the prompts of a step are shared out."""
+    prompts, group_size = config.grpo.prompts_per_step, config.grpo.group_size
+    none = f", on {ranks - prompts} none: raise grpo.prompts_per_step" if prompts < ranks else ""
+    return (
+        f"{prompts} prompts a step, {group_size} completions each: at most {-(-prompts // ranks)} "
+        f"on a GPU{none}"
+    )
 
 
 def table(plan: Plan) -> list[str]:
@@ -77,21 +88,21 @@ def savings_table(found: list[Saving], limit: float) -> list[str]:
 
 
 def savings(config: AnyConfig, plan: Plan, make: Callable[[AnyConfig], Plan]) -> list[Saving]:
-    """Changes that lower the peak, alone or after those before them."""
+    """Changes, each of which lowers the peak that those before it have left."""
     found: list[Saving] = []
     changed, peak = config, plan.peak.total
     for change in changes(config):
-        alone = make(fill(config, change)).peak.total
         candidate = fill(changed, change)
         together = make(candidate).peak.total
-        if min(alone - plan.peak.total, together - peak) <= -LEAST_SAVING:
+        if together <= peak - LEAST_SAVING:
+            alone = make(fill(config, change)).peak.total
             found.append(Saving(change, alone, together))
             changed, peak = candidate, together
     return found
 
 
 def changes(config: Config) -> list[Change]:
-    """What could be set otherwise: first what costs nothing but time, last what trains otherwise."""
+    """What could be set otherwise: what costs time alone, then what trains otherwise."""
     policy, rollout, train = config.policy, config.rollout, config.train
     has_reference = config.grpo.kl_coef > 0 and not policy.lora_rank
     at_once = min(rollout.max_rows, config.grpo.prompts_per_step * config.grpo.group_size)

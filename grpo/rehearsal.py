@@ -129,7 +129,11 @@ def rehearse_row(
         if parameter.requires_grad
     ]
 
-    def layers() -> Tensor:
+    after_layers: list[tuple[int, int]] = []  # what lives then, and the peak before
+    after_logprobs: list[int] = []  # in the backward pass
+
+    def score_row() -> Tensor:
+        """As `logprobs.score_row`."""
         hidden = model.get_decoder()(
             input_ids=ids,
             position_ids=ids,
@@ -137,33 +141,23 @@ def rehearse_row(
             use_cache=False,
             attend=attend_fused,
         ).last_hidden_state[0]
-        return F.embedding(ids[0], hidden)
-
-    def logprobs(hidden: Tensor) -> Tensor:
+        after_layers.append((live.now, live.restart()))
         weight = model.get_output_embeddings().weight
-        return TokenLogprobs.apply(hidden, weight, ids[0], temperature)[0]
+        predicting = F.embedding(ids[0], hidden)
+        if predicting.requires_grad:
+            predicting.register_hook(lambda _: after_logprobs.append(live.restart()))
+        return TokenLogprobs.apply(predicting, weight, ids[0], temperature)[0]
 
     with LiveBytes(model) as live:
         with torch.no_grad():
-            hidden = layers()
-            left, forward = live.now, live.restart()
-            logprobs(hidden)
-            scored = live.restart()
-        del hidden
-        live.restart()
-        hidden = layers()
-        kept = live.now
-        live.restart()
-        # The graph is cut here, so that its two halves can be told apart.
-        cut = hidden.detach().requires_grad_()
-        logprobs(cut).sum().backward()
-        gradient, cut = cut.grad, None
-        at_logprobs = live.restart()
-        hidden.backward(gradient)
+            score_row()
+        scored = live.restart()
+        score_row().sum().backward()
         backward = live.restart()
     for hook in hooks:
         hook.remove()
-    return RowBytes(forward, left, scored, kept, at_logprobs, backward)
+    (left, forward), (kept, _) = after_layers
+    return RowBytes(forward, left, scored, kept, after_logprobs[0], backward)
 
 
 def forget_gradient(parameter: Tensor) -> None:
