@@ -44,6 +44,10 @@ class PolicyConfig:
     between nodes only gradients travel"""
     offload_reference: bool = False
     """keep the reference in the memory of the CPU between its passes"""
+    lora_rank: int = 0
+    """train adapters of this rank on every linear layer, over frozen weights; 0: all weights"""
+    lora_alpha: float = 32.0
+    """adapters count lora_alpha / lora_rank times"""
 
     def __post_init__(self) -> None:
         check(self, "model", bool(self.model), "a hub name, a folder or embedded")

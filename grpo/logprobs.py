@@ -115,7 +115,9 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         divisor = ctx.temperature or 1.0
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        # A frozen head gets none: it would be the largest tensor of the whole backward pass.
+        trained = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if trained else None
         grad_hidden = []
         for h, target, g in in_chunks(hidden, targets, grad):
             p = scale_logits(logits_of(h, weight), ctx.temperature).softmax(-1)
@@ -123,8 +125,10 @@ class TokenLogprobs(torch.autograd.Function):
             grad_logits.scatter_add_(-1, target[:, None], g[:, None] / divisor)
             grad_logits = grad_logits.to(h.dtype)
             grad_hidden.append(grad_logits @ weight)
-            add_matmul_(grad_weight, grad_logits.T, h)
-        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None
+            if grad_weight is not None:
+                add_matmul_(grad_weight, grad_logits.T, h)
+        of_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return torch.cat(grad_hidden), of_weight, None, None
 
 
 def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:

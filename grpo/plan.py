@@ -24,7 +24,7 @@ from grpo.config import Config, ConfigError
 from grpo.decoding import Size
 from grpo.generation import Branch, size_for
 from grpo.packing import plan_rows
-from grpo.rehearsal import DecodingBytes, RowBytes, rehearse_decoding, rehearse_row
+from grpo.rehearsal import DecodingBytes, RowBytes, add_adapters, rehearse_decoding, rehearse_row
 from grpo.sharded_bytes import FLOAT32, Moment, ShardedPolicy
 from grpo.trainer import enable_checkpointing
 
@@ -50,9 +50,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """The moments of a step, and what each node's own memory must hold."""
+    """The policy's weights and how many numbers of it are trained; the moments of a step; what the
+    memory of each node's CPUs must hold, in bytes by kind."""
 
     weights: int
+    trained: int
     moments: list[Moment]
     host: dict[str, int]
 
@@ -107,16 +109,19 @@ def read_config(name: str) -> PreTrainedConfig:
 
 
 def form_of(
-    config: PreTrainedConfig, dtype: torch.dtype, layers: int | None = None
+    config: PreTrainedConfig, dtype: torch.dtype, layers: int | None = None, lora_rank: int = 0
 ) -> PreTrainedModel:
-    """A model without memory, with its own number of layers or another."""
+    """A model without memory, with its own number of layers or another, and with adapters."""
     changed = type(config).from_dict(config.to_dict())
     text = changed.get_text_config()
     text.num_hidden_layers = layers or text.num_hidden_layers
     if getattr(text, "layer_types", None):
         text.layer_types = (text.layer_types * text.num_hidden_layers)[: text.num_hidden_layers]
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(changed, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(changed, dtype=dtype).eval()
+        if lora_rank:
+            add_adapters(model, lora_rank)
+    return model
 
 
 # --- what is rehearsed ---------------------------------------------------------------------------
@@ -129,13 +134,18 @@ def beyond(two: int, three: int, layers: int) -> int:
 
 @cache
 def row_bytes(
-    name: str, dtype: torch.dtype, tokens: int, temperature: float, checkpointing: bool
+    name: str,
+    dtype: torch.dtype,
+    tokens: int,
+    temperature: float,
+    checkpointing: bool,
+    lora_rank: int = 0,
 ) -> RowBytes:
     """`rehearse_row` for all layers, found with two and three of them."""
     config = read_config(name)
     found = []
     for layers in (LAYERS_REHEARSED, LAYERS_REHEARSED + 1):
-        model = form_of(config, dtype, layers)
+        model = form_of(config, dtype, layers, lora_rank)
         if checkpointing:
             enable_checkpointing(model.train())
         found.append(vars(rehearse_row(model, tokens, temperature)))
@@ -193,10 +203,11 @@ def make_plan(config: Config, name: str, machine: Machine, judges: Sequence[str]
     Raises ConfigError for a model that cannot be found.
     """
     dtype = getattr(torch, config.policy.compute_dtype)
-    form = form_of(read_config(name), dtype)
+    lora_rank = config.policy.lora_rank
+    form = form_of(read_config(name), dtype, lora_rank=lora_rank)
     tokens, rows = rows_of_update(config, machine.ranks)
     temperature, checkpointing = config.rollout.temperature, config.train.gradient_checkpointing
-    row = row_bytes(name, dtype, tokens, temperature, checkpointing)
+    row = row_bytes(name, dtype, tokens, temperature, checkpointing, lora_rank)
     decoding = [
         decoding_bytes(name, dtype, size, temperature)
         for size in decoding_sizes(config, machine.ranks)
@@ -208,16 +219,19 @@ def make_plan(config: Config, name: str, machine: Machine, judges: Sequence[str]
         width=dtype.itemsize,
     )
     has_reference = config.grpo.kl_coef > 0
-    reference = policy.own(policy.parameters, policy.width) if has_reference else 0
-    on_cpu = config.policy.offload_reference
+    # With adapters, the policy without them is the reference.
+    has_copy = has_reference and not lora_rank
+    reference = policy.own(policy.parameters, policy.width) if has_copy else 0
+    on_cpu = config.policy.offload_reference and has_copy
+    gradients = policy.own(policy.trained, FLOAT32)
     always = {
-        "weights": policy.own(policy.parameters, FLOAT32),
-        "optimiser": 2 * policy.own(policy.parameters, FLOAT32),
+        "weights": gradients + policy.own(policy.frozen, policy.width),
+        "optimiser": 2 * gradients,
         "reference": 0 if on_cpu else reference,
         "judges": sum(2 * weights_of(judge) for judge in judges),
     }
     generation = {
-        "generation copy": sum(p.numel() for p in policy.parameters) * policy.width,
+        "generation copy": weights_of(name) * policy.width,
         "key-value cache": largest.state,
         "decoding": largest.work,
     }
@@ -228,8 +242,10 @@ def make_plan(config: Config, name: str, machine: Machine, judges: Sequence[str]
         *(moment.beside(kept) for moment in policy.update(row, rows)),
         policy.refill().beside(always | generation),
     ]
-    host = {"the reference": machine.gpus * reference} if on_cpu else {}
-    return Plan(sum(p.numel() for p in policy.parameters), moments, host)
+    host = {"to load": policy.to_load(machine.gpus), "to export": generation["generation copy"]}
+    if on_cpu:
+        host["for the reference"] = machine.gpus * reference
+    return Plan(weights_of(name), sum(p.numel() for p in policy.trained), moments, host)
 
 
 @cache

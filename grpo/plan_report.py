@@ -28,8 +28,8 @@ def report(
     fits = plan.fits(machine)
     limit = (1 - MARGIN) * machine.gib
     lines = [
-        f"{name}: {plan.weights:,} weights, on {machine.nodes} × {machine.gpus} GPUs of "
-        f"{machine.gib:g} GiB",
+        f"{name}: {plan.weights:,} weights, {plan.trained:,} trained",
+        f"{machine.nodes} × {machine.gpus} GPUs of {machine.gib:g} GiB",
         sharing(config, machine.ranks),
         "",
         *table(plan),
@@ -70,7 +70,9 @@ def table(plan: Plan) -> list[str]:
         line("GiB, fullest GPU", [moment.name for moment in plan.moments]),
         *(line(kind, [cell(m.parts.get(kind, 0)) for m in plan.moments]) for kind in kinds),
         line("total", [cell(moment.total) for moment in plan.moments]),
-        *(f"CPU memory of a node: {size / GIB:.1f} for {kind}" for kind, size in plan.host.items()),
+        "",
+        "CPU memory of a node, GiB: "
+        + ", ".join(f"{size / GIB:.1f} {what}" for what, size in plan.host.items()),
     ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo.policy import LAYERS_CHECKED
 from grpo.rehearsal import RowBytes
 
 FLOAT32 = 4  # bytes
@@ -36,7 +37,7 @@ class ShardedPolicy:
     gradients are summed over the ranks, a parameter takes that times the ranks.
 
     form: the policy without memory; ranks: over which it is sharded; width: bytes of a number of
-    the compute type.
+    the compute type. What is trained is kept in float32, what is frozen in the compute type.
     """
 
     def __init__(self, form: PreTrainedModel, ranks: int, width: int) -> None:
@@ -48,6 +49,10 @@ class ShardedPolicy:
         self.layer = list(layers[0].parameters())
         self.ends = [p for p in self.parameters if id(p) not in in_layers]
         self.head = form.get_output_embeddings().weight
+        self.trained = [p for p in self.parameters if p.requires_grad]
+        self.frozen = [p for p in self.parameters if not p.requires_grad]
+        self.trained_in_layer = [p for p in self.layer if p.requires_grad]
+        self.trained_ends = [p for p in self.ends if p.requires_grad]
 
     def own(self, parameters: Iterable[Tensor], width: int) -> int:
         """Bytes of rank 0's shares, `width` bytes a number."""
@@ -75,52 +80,61 @@ class ShardedPolicy:
 
     def update(self, row: RowBytes, rows: int) -> list[Moment]:
         """The last of so many rows goes forward and back; the gradients of those before it stay."""
-        gradients = self.own(self.parameters, FLOAT32)
+        gradients = self.own(self.trained, FLOAT32)
         before = gradients if rows > 1 else 0
-        one_layer = self.whole(self.layer, self.width)
+        layer, ends = self.trained_in_layer, self.trained_ends
         at_logprobs = Moment(
             "log-probs",
             {
-                "gathered weights": self.gathered - one_layer,
+                "gathered weights": self.gathered - self.whole(self.layer, self.width),
                 "activations": row.kept,
                 "logits": row.logprobs - row.kept,
                 "gradients": before,
             },
         )
         # The head's gradient waits for that of the embeddings.
-        in_flight = self.head.numel() * self.width + one_layer
+        unsummed = self.whole(layer, self.width) + bool(ends) * self.head.numel() * self.width
         last_layer = Moment(
             "layers",
             {
                 "gathered weights": self.gathered,
                 "activations": row.backward,
                 "gradients": before,
-                "unsummed gradients": in_flight,
+                "unsummed gradients": unsummed,
             },
         )
         # Those of the layer before are on their way to the other ranks. Their sum is added to what
         # other rows gave; without those it becomes the gradient.
-        in_flight += self.whole(self.layer, FLOAT32)
-        in_flight += self.own(self.layer, FLOAT32) if before else 0
+        unsummed += self.whole(layer, FLOAT32)
+        unsummed += self.own(layer, FLOAT32) if before else 0
         first_layer = Moment(
             "layers",
             {
                 "gathered weights": self.gathered,
                 "activations": row.backward - row.kept * (self.layers - 1) // self.layers,
-                "gradients": before or self.layers * self.own(self.layer, FLOAT32),
-                "unsummed gradients": in_flight,
+                "gradients": before or self.layers * self.own(layer, FLOAT32),
+                "unsummed gradients": unsummed,
             },
         )
-        summed = self.whole(self.ends, FLOAT32)
-        sums = self.own(self.ends, FLOAT32) if before else 0
+        summed = self.whole(ends, FLOAT32)
+        sums = self.own(ends, FLOAT32) if before else 0
         # FSDP2 copies them into one float32 buffer; then, on a single rank, divides it by 1.
-        in_flight = summed + max(
-            self.whole(self.ends, self.width), sums + (summed if self.ranks == 1 else 0)
+        unsummed = summed + max(
+            self.whole(ends, self.width), sums + (summed if self.ranks == 1 else 0)
         )
-        at_ends = Moment("embeddings", {"gradients": gradients, "unsummed gradients": in_flight})
+        at_ends = Moment("embeddings", {"gradients": gradients, "unsummed gradients": unsummed})
         return [at_logprobs, max(last_layer, first_layer, key=lambda m: m.total), at_ends]
 
     def refill(self) -> Moment:
-        """The largest parameter is gathered in float32; a single rank has it whole."""
-        largest = max(self.whole([p], FLOAT32) for p in self.parameters)
+        """The largest parameter is gathered as it is kept; a single rank has it whole."""
+        largest = max(
+            self.whole([p], FLOAT32 if p.requires_grad else self.width) for p in self.parameters
+        )
         return Moment("refill", {"gathered weights": largest if self.ranks > 1 else 0})
+
+    def to_load(self, processes: int) -> int:
+        """Bytes that so many processes of a machine need to load a model saved in 16 bits: each its
+        rows of a tensor at a time, and before, one of them the first layers, to check them."""
+        rows = max(self.own([p], 2) for p in self.parameters)
+        checked = [*self.ends, *self.layer * LAYERS_CHECKED]
+        return max(processes * rows, sum(p.numel() for p in checked) * FLOAT32)

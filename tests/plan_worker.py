@@ -20,8 +20,9 @@ from grpo.config import TrainConfig
 from grpo.logprobs import score
 from grpo.optimizer import make_optimizer
 from grpo.packing import pack
-from grpo.parallel import pick_device, shard, start_ranks
+from grpo.parallel import Ranks, pick_device, start_ranks
 from grpo.rehearsal import attend_fused
+from grpo.sharding import shard
 from grpo.trainer import enable_checkpointing
 
 TOKENS = 700
@@ -54,42 +55,40 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def held(model_folder: str, checkpointing: bool) -> dict[str, int]:
+def held(ranks: Ranks, model_folder: str, checkpointing: bool) -> dict[str, int]:
     """Bytes that one rank holds after real updates of a policy, and at the peak of another."""
-    with start_ranks(pick_device("cpu")) as ranks:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
-        policy = shard(model.float(), ranks, torch.float32)
-        if checkpointing:
-            enable_checkpointing(policy.train())
-        optimizer = make_optimizer(policy, TrainConfig())
-        row = pack([([1], [[1] * TOKENS])], "cpu")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
+    policy = shard(model.float(), ranks, torch.float32)
+    if checkpointing:
+        enable_checkpointing(policy.train())
+    optimizer = make_optimizer(policy, TrainConfig())
+    row = pack([([1], [[1] * TOKENS])], "cpu")
 
-        def backward() -> None:
-            score(policy, row, 1.0)[0].sum().backward()
+    def backward() -> None:
+        score(policy, row, 1.0)[0].sum().backward()
 
-        backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        first = peak_bytes(backward)
-        second = peak_bytes(backward)
-        parameters = list(policy.parameters())
-        states = [optimizer.state[parameter] for parameter in parameters]
-        kinds = {
-            "weights": [p.detach() for p in parameters],
-            "gradients": [p.grad for p in parameters if p.grad is not None],
-            "exp_avg": [state["exp_avg"] for state in states],
-            "exp_avg_sq": [state["exp_avg_sq"] for state in states],
-        }
-        return {
-            "first_row": first,
-            "second_row": second,
-            **{kind: sum(local(t).nbytes for t in tensors) for kind, tensors in kinds.items()},
-            "stored_weights": sum(
-                {s.data_ptr(): s.nbytes() for s in map(storage, kinds["weights"])}.values()
-            ),
-            "rank": ranks.rank,
-        }
+    backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    first = peak_bytes(backward)
+    second = peak_bytes(backward)
+    parameters = list(policy.parameters())
+    states = [optimizer.state[parameter] for parameter in parameters]
+    kinds = {
+        "weights": [p.detach() for p in parameters],
+        "gradients": [p.grad for p in parameters if p.grad is not None],
+        "exp_avg": [state["exp_avg"] for state in states],
+        "exp_avg_sq": [state["exp_avg_sq"] for state in states],
+    }
+    return {
+        "first_row": first,
+        "second_row": second,
+        **{kind: sum(local(t).nbytes for t in tensors) for kind, tensors in kinds.items()},
+        "stored_weights": sum(
+            {s.data_ptr(): s.nbytes() for s in map(storage, kinds["weights"])}.values()
+        ),
+    }
 
 
 def storage(tensor: Tensor) -> torch.UntypedStorage:
@@ -98,11 +97,14 @@ def storage(tensor: Tensor) -> torch.UntypedStorage:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, start_ranks(pick_device("cpu")) as ranks:
         as_on_cuda(patch)
-        results = {name: held(sys.argv[1], name == "recomputed") for name in ("kept", "recomputed")}
-    path = Path(sys.argv[2]) / f"rank{results['kept']['rank']}.json"
-    path.write_text(json.dumps(results))
+        results = {
+            "kept": held(ranks, sys.argv[1], checkpointing=False),
+            "recomputed": held(ranks, sys.argv[1], checkpointing=True),
+        }
+        path = Path(sys.argv[2]) / f"rank{ranks.rank}.json"
+        path.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

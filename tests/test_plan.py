@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 import train
@@ -17,13 +18,18 @@ from grpo.config import Config, ConfigError
 from grpo.config_loader import fill
 from grpo.decoding import Decoder, Size, Window
 from grpo.generation import generate_groups
+from grpo.loading import first_layers
 from grpo.logprobs import score
 from grpo.packing import pack
+from grpo.parallel import pick_device, start_ranks
 from grpo.plan import GIB, Machine, Plan, make_plan, parse_machine
 from grpo.plan_report import report, savings
-from grpo.rehearsal import rehearse_decoding, rehearse_row
+from grpo.policy import LAYERS_CHECKED
+from grpo.rehearsal import attend_fused, rehearse_decoding, rehearse_row
 from grpo.sampling import Sampling
 from grpo.sharded_bytes import Moment
+from grpo.sharding import frozen_copy, shard
+from grpo.shared_prefix import attend_in_one
 from grpo.trainer import enable_checkpointing
 from tests.plan_worker import TOKENS, as_on_cuda, peak_bytes
 
@@ -145,10 +151,20 @@ def test_a_real_step_holds_what_was_planned(ranks: int, small: str, tmp_path: Pa
         measured = stays + parts["gradients"] + fullest["second_row"]
         assert 0.97 <= without_copies(planned) / measured <= 1.1
 
-        one_row = fill(config, {"grpo.prompts_per_step": 1, "rollout.max_completion_tokens": 600})
-        one_row = fill(one_row, {"grpo.group_size": 2, "rollout.max_prompt_tokens": 100})
-        one_row = fill(one_row, {"train.tokens_per_row": 2000})
-        assert plan.rows_of_update(one_row, ranks) == (100 + 2 * 599, 1)
+        one_row = fill(
+            config,
+            {
+                "grpo.prompts_per_step": ranks,
+                "grpo.group_size": 2,
+                "rollout.max_prompt_tokens": 100,
+                "rollout.max_completion_tokens": 301,
+                "train.tokens_per_row": 2000,
+            },
+        )
+        assert plan.rows_of_update(one_row, ranks) == (TOKENS, 1)
+        planned = make_plan(one_row, small, Machine(1, ranks, 80))
+        measured = stays + fullest["first_row"]
+        assert 0.97 <= without_copies(planned) / measured <= 1.1
 
 
 def without_copies(planned: Plan) -> int:
@@ -209,18 +225,12 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(
             position_ids=ids,
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
             use_cache=False,
-            attend=plan_attention,
+            attend=attend_fused,
         )
     found = rehearse_row(rehearsed, TOKENS, 1.0)
     assert found.kept == pytest.approx(
         sum(map(torch.UntypedStorage.nbytes, kept.values())), rel=0.02
     )
-
-
-def plan_attention(*args: object) -> torch.Tensor:
-    from grpo.rehearsal import attend_fused
-
-    return attend_fused(*args)  # type: ignore[arg-type]
 
 
 def models(checkpointing: bool) -> list:
@@ -254,7 +264,7 @@ def test_layers_that_were_not_rehearsed_add_what_the_third_does(
 
 
 def test_the_decoder_takes_what_a_real_one_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo.shared_prefix.attend_in_parts", attend_as_on_cuda)
+    monkeypatch.setattr("grpo.shared_prefix.attend_in_parts", attend_in_one)
     real, rehearsed = models(checkpointing=False)
     size = Size(rows=16, slots=3, lanes=8, prefix_tokens=128, own_tokens=256)
     found = rehearse_decoding(rehearsed, size, 1.0)
@@ -275,12 +285,6 @@ def test_the_decoder_takes_what_a_real_one_takes(monkeypatch: pytest.MonkeyPatch
             decoder.compact(list(range(16)))
 
         assert found.work == pytest.approx(peak_bytes(work), rel=0.1)
-
-
-def attend_as_on_cuda(*args: object) -> torch.Tensor:
-    from grpo.shared_prefix import attend_in_one
-
-    return attend_in_one(*args)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("keep_weights", [True, False])
@@ -337,7 +341,7 @@ def test_settings_take_away_what_they_say(small: str) -> None:
     assert all(
         a.total - b.total == share for a, b in zip(full.moments, offloaded.moments, strict=True)
     )
-    assert offloaded.host == {"the reference": 4 * share}
+    assert offloaded.host == full.host | {"for the reference": 4 * share}
 
     alone = make_plan(fill(config, {"grpo.kl_coef": 0.0}), small, machine)
     assert not any(m.parts["reference"] or m.name == "reference" for m in alone.moments)
@@ -349,9 +353,44 @@ def test_settings_take_away_what_they_say(small: str) -> None:
         assert gone == sum(moment(full, name).parts[kind] for kind in generator) > 0
     assert moment(let_go, "generate").parts["generation copy"] == 4 * full.weights
 
+    adapted = make_plan(fill(config, {"policy.lora_rank": 3}), small, machine)
+    # q, k, v, o and gate, up, down of each layer, each with a [3, in] and a [out, 3]
+    sides = [(256, 256), (256, 64), (256, 64), (256, 256), *[(256, 1003)] * 2, (1003, 256)]
+    assert adapted.trained == 5 * 3 * sum(map(sum, sides))
+    assert adapted.weights == full.weights == full.trained
+    parts = moment(adapted, "layers").parts
+    assert parts["reference"] == 0 and moment(adapted, "reference").total > 0
+    # Rows, shared by 8: 3 are one for each of the first three, 1003 are 126 for the first.
+    shares = [i + 3 * -(-out // 8) for i, out in sides]
+    assert parts["optimiser"] == 5 * sum(shares) * 8
+    frozen = moment(full, "layers").parts["weights"]
+    assert parts["weights"] == frozen + parts["optimiser"] // 2
+
     judged = make_plan(config, small, machine, [small])
     pairs = zip(judged.moments, full.moments, strict=True)
     assert all(a.total - b.total == 2 * full.weights for a, b in pairs)
+
+
+def test_loading_needs_what_is_checked_before(small: str, tmp_path: Path) -> None:
+    config = AutoConfig.from_pretrained(small)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    checked = first_layers(str(tmp_path), LAYERS_CHECKED)
+    planned = make_plan(small_config(), small, Machine(1, 2, 80))
+    assert planned.host["to load"] == sum(p.nbytes for p in checked.parameters())
+    assert planned.host["to export"] == 4 * planned.weights
+    crowded = make_plan(small_config(**{"policy.sharding": "hybrid"}), small, Machine(100, 1, 80))
+    assert crowded.host["to load"] == planned.host["to load"]
+
+
+def test_the_reference_holds_no_more_after_its_pass_than_before() -> None:
+    """FSDP2 keeps what the root has gathered for a backward pass, which never comes here: of a
+    7-billion model 2 GiB of embeddings and head would stay on each GPU."""
+    real, _ = models(checkpointing=False)
+    with start_ranks(pick_device("cpu")) as ranks:
+        reference = frozen_copy(shard(real, ranks, torch.bfloat16))
+        with torch.no_grad():
+            score(reference, pack([([1], [[1] * 4])], "cpu"), 1.0)
+        assert all(isinstance(parameter, DTensor) for parameter in reference.parameters())
 
 
 def test_the_judges_that_are_on_the_gpu() -> None:
@@ -370,7 +409,7 @@ def test_savings_are_those_of_the_changed_settings(small: str) -> None:
     def make(changed: Config) -> Plan:
         return make_plan(changed, small, machine)
 
-    least = fill(config, {"policy.compute_dtype": "bfloat16"})
+    least = fill(config, {"policy.compute_dtype": "bfloat16", "policy.lora_rank": 4})
     assert savings(least, make(least), make) == []  # none is worth a twentieth of a GiB
     big = fill(config, {"train.tokens_per_row": 400_000, "train.gradient_checkpointing": False})
     big = fill(big, {"grpo.prompts_per_step": 1000})
