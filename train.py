@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import data
@@ -26,6 +27,7 @@ from grpo.checkpoint import export_policy
 from grpo.config import Config, ConfigError, Flags, load_config, read_flags, to_toml
 from grpo.config_loader import exit_with
 from grpo.interruption import Interrupted
+from grpo.lora import add_adapters, draw_adapters
 from grpo.parallel import Ranks, pick_device, start_ranks, tells_of_lost_peer
 from grpo.patience import RunStopped
 from grpo.plan import make_plan, parse_machine
@@ -158,21 +160,23 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> None:
         reward = make_reward(config, ranks)
         spending = plan_spending(reward, train_records, steps, len(heldout), config, ranks)
         try_judge(reward, ranks)
+    compute_dtype = getattr(torch, config.policy.compute_dtype)
     with ranks.failing_together():
         policy = load_policy(model_name, ranks.device, check=ranks.is_main)
+        if rank := config.policy.lora_rank:
+            add_adapters(policy.model, rank, config.policy.lora_alpha, compute_dtype)
     with ExitStack() as held:
         output = held.enter_context(open_output(config, ranks, resume))
         held.enter_context(keeping_verdicts(reward, output, ranks, resume))
         if hasattr(reward, "close"):
             held.callback(reward.close)
-        compute_dtype = getattr(torch, config.policy.compute_dtype)
         trained = shard(policy.model, ranks, compute_dtype, policy.weights.fill)
-        on_cpu = config.policy.offload_reference
+        draw_adapters(trained, config.seed)
         trainer = Trainer(
             config=config,
             ranks=ranks,
             policy=trained,
-            reference=frozen_copy(trained, on_cpu=on_cpu) if config.grpo.kl_coef else None,
+            reference=reference_of(trained, config),
             tokenizer=policy.tokenizer,
             stop_ids=policy.stop_ids,
             reward=reward,
@@ -190,6 +194,15 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> None:
             export_policy(generator, policy.tokenizer, policy.stop_ids, output / "policy")
             judge = f", judge: {reward.judge.label}" if isinstance(reward, PermReward) else ""
             print(summary(run.before, run.after, output, config.reward + judge, run.remarks))
+
+
+def reference_of(trained: PreTrainedModel, config: Config) -> PreTrainedModel | None:
+    """What the KL term compares with: the policy as it starts, where that term has a weight."""
+    if not config.grpo.kl_coef:
+        return None
+    if config.policy.lora_rank:
+        return trained  # with its adapters off
+    return frozen_copy(trained, on_cpu=config.policy.offload_reference)
 
 
 # --- planning ------------------------------------------------------------------------------------

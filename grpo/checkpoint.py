@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from grpo.config_loader import ConfigError
 from grpo.parallel import Ranks
 from grpo.rollout import Group, read_groups
 
@@ -103,19 +104,25 @@ def write_rollout(folder: Path, groups: Sequence[Group]) -> None:
 
 
 def tensors_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Everything that the optimiser reads or writes, by the parameters' names.
+    """Everything that the optimiser reads or writes, by the parameters' names. What is frozen is
+    not among it: it is read from policy.model again.
 
     A parameter that was never stepped has moments of 0 after 0 steps, which is what AdamW starts
     from.
     """
     tensors: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model):
         kept = optimizer.state.get(parameter, {})
         tensors[f"weight.{name}"] = parameter.detach()
         for moment in MOMENTS:
             tensors[f"{moment}.{name}"] = kept.get(moment, torch.zeros_like(parameter).detach())
         tensors[f"step.{name}"] = kept.get("step", torch.zeros((), device=parameter.device))
     return tensors
+
+
+def trained_parameters(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters that are not frozen, with their names."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 def raise_together(error: str | None, ranks: Ranks) -> None:
@@ -170,11 +177,18 @@ def checksum(path: Path) -> str:
 def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Read weights and the optimiser's state back, whatever the world size then or now was.
 
-    All ranks together.
+    All ranks together. Raises ConfigError where they are those of another model.
     """
     tensors = tensors_of(model, optimizer)
+    reader = distributed_checkpoint.FileSystemReader(folder)
+    saved = {key: data.size for key, data in reader.read_metadata().state_dict_metadata.items()}
+    if saved != {key: tensor.shape for key, tensor in tensors.items()}:
+        raise ConfigError(
+            f"--resume: {folder} holds the weights of another policy.model or policy.lora_rank; "
+            "leave both as the run has them"
+        )
     distributed_checkpoint.load(tensors, checkpoint_id=folder)
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model):
         optimizer.state[parameter] = {
             "step": tensors[f"step.{name}"],
             **{moment: tensors[f"{moment}.{name}"] for moment in MOMENTS},

@@ -45,12 +45,15 @@ class PolicyConfig:
     offload_reference: bool = False
     """keep the reference in the memory of the CPU between its passes"""
     lora_rank: int = 0
-    """train adapters of this rank on every linear layer, over frozen weights; 0: all weights"""
+    """train adapters of this rank beside frozen weights, see lora.py; 0: train the weights"""
     lora_alpha: float = 32.0
-    """adapters count lora_alpha / lora_rank times"""
+    """adapters are scaled by lora_alpha / lora_rank, so that a learning rate that suits one rank
+    suits another; to double it is much like doubling the learning rate"""
 
     def __post_init__(self) -> None:
         check(self, "model", bool(self.model), "a hub name, a folder or embedded")
+        check(self, "lora_rank", self.lora_rank >= 0, "0 (off) or more")
+        check(self, "lora_alpha", self.lora_alpha > 0, "above 0")
 
 
 @dataclass

@@ -90,8 +90,11 @@ class Weights:
 
     @torch.no_grad()
     def fill(self, model: PreTrainedModel) -> None:
-        """Write the weights into a model that has memory, sharded or not: on each rank its rows."""
+        """Write the weights into a model that has memory, sharded or not: on each rank its rows.
+        What was added to the model since (adapters) stays as it is."""
         for key, tensor in saved_tensors(model):
+            if key not in self.tensors:
+                continue
             start, stop = own_rows(tensor)
             own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             if own.dim() == 0:

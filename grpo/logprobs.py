@@ -87,7 +87,8 @@ class TokenLogprobs(torch.autograd.Function):
         ∂ log-prob / ∂ logits = (onehot(target) − p) / temperature
 
     hidden [N, D], weight [V, D], targets [N] → log-probs [N], entropies [N], in at least float32.
-    The weight's gradient is summed over chunks in at least float32 and rounded once at the end.
+    The weight's gradient is summed over chunks in at least float32 and rounded once at the end; a
+    frozen weight gets none, and no memory for one.
     """
 
     @staticmethod
@@ -115,9 +116,8 @@ class TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         divisor = ctx.temperature or 1.0
-        # A frozen head gets none: it would be the largest tensor of the whole backward pass.
-        trained = ctx.needs_input_grad[1]
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if trained else None
+        is_trained = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if is_trained else None
         grad_hidden = []
         for h, target, g in in_chunks(hidden, targets, grad):
             p = scale_logits(logits_of(h, weight), ctx.temperature).softmax(-1)
@@ -127,8 +127,9 @@ class TokenLogprobs(torch.autograd.Function):
             grad_hidden.append(grad_logits @ weight)
             if grad_weight is not None:
                 add_matmul_(grad_weight, grad_logits.T, h)
-        of_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return torch.cat(grad_hidden), of_weight, None, None
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return torch.cat(grad_hidden), grad_weight, None, None
 
 
 def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -9,9 +9,9 @@ from grpo.config import TrainConfig
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the (sharded, float32) parameters."""
+    """AdamW over the (sharded, float32) parameters that are trained."""
     return torch.optim.AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

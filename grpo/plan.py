@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from grpo.config import Config, ConfigError
 from grpo.decoding import Size
 from grpo.generation import Branch, size_for
+from grpo.lora import add_adapters
 from grpo.packing import plan_rows
 from grpo.rehearsal import DecodingBytes, RowBytes, add_adapters, rehearse_decoding, rehearse_row
 from grpo.sharded_bytes import FLOAT32, Moment, ShardedPolicy
@@ -120,7 +121,8 @@ def form_of(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(changed, dtype=dtype).eval()
         if lora_rank:
-            add_adapters(model, lora_rank)
+            # All in the compute type, in which FSDP2 runs it. The scale takes no memory.
+            add_adapters(model, lora_rank, 1.0, dtype).to(dtype)
     return model
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -163,30 +163,6 @@ def rehearse_row(
 def forget_gradient(parameter: Tensor) -> None:
     """Weights' gradients are sharded and counted elsewhere."""
     parameter.grad = None
-
-
-class Adapted(nn.Module):
-    """The memory of a frozen linear layer with an adapter: x ↦ base(x) + B A x, A [r, in] and
-    B [out, r] trained."""
-
-    def __init__(self, base: nn.Linear, rank: int) -> None:
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.a = nn.Parameter(base.weight.new_empty(rank, base.in_features))
-        self.b = nn.Parameter(base.weight.new_empty(base.out_features, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + F.linear(F.linear(x, self.a), self.b)
-
-
-def add_adapters(model: PreTrainedModel, rank: int) -> None:
-    """Freeze a model, and give an adapter to every linear layer of its decoder."""
-    model.requires_grad_(False)
-    layers = model.get_decoder().layers
-    for parent in list(layers.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, Adapted(child, rank))
 
 
 # --- decoding ------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from grpo.logprobs import score_row
+from grpo.lora import merged_parameters, without_adapters
 from grpo.parallel import Ranks
 
 META = torch.device("meta")
@@ -41,7 +42,8 @@ def shard(
 
     Gradients are summed over ranks (not averaged: the loss has global denominators), in float32.
     The model gets `score_row`, see logprobs.score, and `copies`, from which `plain_copy` and
-    `frozen_copy` take theirs.
+    `frozen_copy` take theirs. Of a model with adapters (lora.py) only those are trained and in
+    float32; a layer's group holds them beside its frozen weights, which FSDP2 allows.
     """
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     copies = Copies(form_of(model, compute_dtype), model, ranks, precision)
@@ -76,9 +78,10 @@ def give_memory(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def form_of(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A frozen model of the same form: parameters of `dtype` on the meta device, buffers copied
-    (rotary frequencies stay in float32)."""
-    return like(model, lambda p: torch.empty(p.shape, dtype=dtype, device=META))
+    """A frozen model of the same form, adapters aside: parameters of `dtype` on the meta device,
+    buffers copied (rotary frequencies stay in float32)."""
+    form = like(model, lambda p: torch.empty(p.shape, dtype=dtype, device=META))
+    return without_adapters(form)
 
 
 def like(model: PreTrainedModel, new: Callable[[Tensor], Tensor]) -> PreTrainedModel:
@@ -113,13 +116,13 @@ class Copies:
 
         Decoding through sharded layers would gather every layer for every token. A parameter is
         gathered at a time. The copy keeps its addresses from one refill to the next, unless it was
-        let go in between.
+        let go in between. Adapters are merged into its weights, which are rounded once.
         """
         if self.generator is None:
             self.generator = like(self.form, partial(torch.empty_like, device=self.ranks.device))
-        pairs = zip(self.generator.parameters(), self.policy.parameters(), strict=True)
+        pairs = zip(self.generator.parameters(), merged_parameters(self.policy), strict=True)
         for target, source in pairs:
-            target.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+            target.copy_(source)
         return self.generator
 
     @torch.no_grad()

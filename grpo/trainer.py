@@ -25,6 +25,7 @@ from grpo.batches import MicroBatch, Minibatch, Sample, pack_samples
 from grpo.config import Config
 from grpo.generation import generate_groups
 from grpo.logprobs import score
+from grpo.lora import adapters_off
 from grpo.loss import policy_loss
 from grpo.optimizer import make_optimizer, set_learning_rate
 from grpo.packing import pack
@@ -58,7 +59,8 @@ class Trainer:
     """The trained policy, its reference, and what one step needs of them.
 
     `policy` is sharded (sharding.shard), and so is `reference`, which is frozen (frozen_copy), or
-    None when its weight is 0. skipped: how many updates in a row were not made, see `update_on`.
+    the policy itself where it has adapters, which are off then, or None when its weight is 0.
+    skipped: how many updates in a row were not made, see `update_on`.
     """
 
     config: Config
@@ -249,8 +251,9 @@ class Trainer:
     def remember_reference(self, groups: Sequence[Sequence[Sample]]) -> None:
         """Log-probs under the reference, where there is one."""
         if self.reference is not None:
-            for batch in self.same_rounds(self.pack(groups)):
-                batch.keep("reference", self.logprobs(self.reference, batch))
+            with adapters_off(self.reference):
+                for batch in self.same_rounds(self.pack(groups)):
+                    batch.keep("reference", self.logprobs(self.reference, batch))
 
     def remember_old(self) -> None:
         """Old log-probs for all updates but the first, from the policy that no update has moved.
