@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PreTrainedModel
@@ -25,10 +25,13 @@ from transformers.utils import logging as transformers_logging
 import data
 from grpo.checkpoint import export_policy
 from grpo.config import Config, ConfigError, Flags, load_config, read_flags, to_toml
+from grpo.config_loader import exit_with
 from grpo.interruption import Interrupted
 from grpo.lora import add_adapters, draw_adapters
 from grpo.parallel import Ranks, pick_device, start_ranks, tells_of_lost_peer
 from grpo.patience import RunStopped
+from grpo.plan import make_plan, parse_machine
+from grpo.plan_report import report
 from grpo.policy import context_length, load_policy, load_tokenizer
 from grpo.prompts import Messages, check_lengths, count_steps, make_prompts
 from grpo.reward import RewardFunction, import_reward
@@ -39,6 +42,7 @@ from grpo.trainer import Trainer
 from perm_reward import JudgeConfig, PermReward, RewardConfig, Seeker, make_judge, policy_messages
 from perm_reward.estimate import estimate
 from perm_reward.panel import Panel
+from perm_reward.rubrics import ROLES
 from perm_reward.spending import Spending
 from perm_reward.store_service import RemoteStore, serve_store, socket_path
 from perm_reward.verdict_store import StoreError, VerdictStore
@@ -69,6 +73,9 @@ class RunFlags(Flags):
     resume: str = ""
     """folder of a run to go on with, exactly where it stopped; its settings hold, except for those
     given anew"""
+    plan: str = ""
+    """print what each GPU would hold, and exit: with 0 if it fits, else 1; nodes x GPUs x GiB of a
+    GPU, such as 4x8x80, or 8x80 for one node; no GPU is needed, and no weights are loaded"""
 
 
 def main() -> None:
@@ -113,8 +120,13 @@ def read_command_line(argv: list[str]) -> tuple[RunConfig, bool]:
                 f"--config {flags.config}: not beside --resume, which has the run's own settings; "
                 "give what is to change on the command line"
             )
-        return settings_of_run(flags.resume, argv), True
-    config = load_config(RunConfig, argv, flags=flags)
+        config = settings_of_run(flags.resume, argv)
+    else:
+        config = load_config(RunConfig, argv, flags=flags)
+    if flags.plan:
+        exit_with_plan(config, flags.plan)
+    if flags.resume:
+        return config, True
     if not config.output:
         config.output = f"runs/{flags.preset}-{datetime.now():%Y%m%d-%H%M%S}"
     elif os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and holds_run(config.output):
@@ -191,6 +203,26 @@ def reference_of(trained: PreTrainedModel, config: Config) -> PreTrainedModel | 
     if config.policy.lora_rank:
         return trained  # with its adapters off
     return frozen_copy(trained, on_cpu=config.policy.offload_reference)
+
+
+# --- planning ------------------------------------------------------------------------------------
+
+
+def exit_with_plan(config: RunConfig, machine_text: str) -> NoReturn:
+    """Print what the run would need of each GPU."""
+    machine, name = parse_machine(machine_text), find_policy(config)
+    text, fits = report(
+        config, config.policy.model, machine, lambda c: make_plan(c, name, machine, judge_models(c))
+    )
+    exit_with(text, 0 if fits else 1)
+
+
+def judge_models(config: RunConfig) -> list[str]:
+    """The models that judge in this process, each of which is loaded once."""
+    if config.reward != "perm":
+        return []
+    judges = [config.judge.of(role) for role in ROLES]
+    return sorted({judge.model for judge in judges if judge.kind == "local"})
 
 
 # --- data ----------------------------------------------------------------------------------------

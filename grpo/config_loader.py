@@ -22,7 +22,7 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -319,11 +319,11 @@ def help_text(
     return "\n".join(lines) + "\n"
 
 
-def exit_with(text: str) -> None:
-    """Print on the first process alone, and end with success."""
+def exit_with(text: str, code: int = 0) -> NoReturn:
+    """Print on the first process alone, and end: with success, unless another code is given."""
     if os.environ.get("RANK", "0") == "0":
         print_to_reader(text)
-    raise SystemExit(0)
+    raise SystemExit(code)
 
 
 def print_to_reader(text: str) -> None:

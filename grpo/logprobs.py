@@ -69,7 +69,7 @@ def score_row(model: PreTrainedModel, row: PackedRow, temperature: float) -> tup
 
 def in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Tensors over the same N tokens, in step."""
-    size = CHUNK if tensors[0].is_cuda else CHUNK_ON_CPU
+    size = CHUNK_ON_CPU if tensors[0].is_cpu else CHUNK
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
@@ -136,11 +136,11 @@ def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b with the products summed in total's type (float32 for bfloat16 a and b)."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif total.is_cuda:
-        total += torch.mm(a, b, out_dtype=total.dtype)
-    else:
+    elif total.is_cpu:
         with exact_bfloat16_products():
             total.addmm_(a.to(total.dtype), b.to(total.dtype))
+    else:
+        total += torch.mm(a, b, out_dtype=total.dtype)
 
 
 @contextmanager

@@ -132,6 +132,8 @@ class Copies:
         device = torch.device("cpu") if on_cpu else self.ranks.device
         offload = CPUOffloadPolicy() if device != self.ranks.device else OffloadPolicy()
         shard_layers(model, self.ranks, self.precision, offload)
+        # No backward pass comes, before which FSDP2 would keep the gathered embeddings and head.
+        cast(FSDPModule, model).set_reshard_after_forward(True)
         give_memory(model, device)
         for target, source in zip(model.parameters(), self.policy.parameters(), strict=True):
             cast(DTensor, target).to_local().copy_(cast(DTensor, source).to_local())
