@@ -25,7 +25,7 @@ from grpo.decoding import Size
 from grpo.generation import Branch, size_for
 from grpo.lora import add_adapters
 from grpo.packing import plan_rows
-from grpo.rehearsal import DecodingBytes, RowBytes, add_adapters, rehearse_decoding, rehearse_row
+from grpo.rehearsal import DecodingBytes, RowBytes, rehearse_decoding, rehearse_row
 from grpo.sharded_bytes import FLOAT32, Moment, ShardedPolicy
 from grpo.trainer import enable_checkpointing
 
