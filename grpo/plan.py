@@ -25,7 +25,7 @@ from grpo.decoding import Size
 from grpo.generation import Branch, size_for
 from grpo.lora import add_adapters
 from grpo.packing import plan_rows
-from grpo.rehearsal import DecodingBytes, RowBytes, add_adapters, rehearse_decoding, rehearse_row
+from grpo.rehearsal import DecodingBytes, RowBytes, rehearse_decoding, rehearse_row
 from grpo.sharded_bytes import FLOAT32, Moment, ShardedPolicy
 from grpo.trainer import enable_checkpointing
 
@@ -122,7 +122,9 @@ def form_of(
         model = AutoModelForCausalLM.from_config(changed, dtype=dtype).eval()
         if lora_rank:
             # All in the compute type, in which FSDP2 runs it. The scale takes no memory.
-            add_adapters(model, lora_rank, 1.0, dtype).to(dtype)
+            add_adapters(model, lora_rank, 1.0, dtype)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
     return model
 
 
