@@ -59,6 +59,10 @@ class Budget(Protocol):
         ...
 
 
+class NotSaved(RunStopped):
+    """A checkpoint cannot be written."""
+
+
 class Found(NamedTuple):
     """A checkpoint: its folder, the run's state, and the groups sampled for its next step."""
 
@@ -101,6 +105,8 @@ class Run:
         often as asked. However it ends, everything is saved, as after the latest whole step."""
         try:
             self.take_steps_that_are_left()
+        except NotSaved:
+            raise
         except (RunStopped, Interrupted):
             self.save(with_rollout=True)
             raise
@@ -238,7 +244,7 @@ class Run:
             elif rollout:
                 save_rollout(path, rollout, trainer.ranks)
         except OSError as error:
-            raise RunStopped(
+            raise NotSaved(
                 f"the checkpoint of step {self.done} cannot be written ({error}); the one before "
                 "is whole: make room"
             ) from error

@@ -54,7 +54,8 @@ MOMENTS_OF_MAIN = {
     "grpo.run:remove_old": 4,
     "transformers:PreTrainedModel.save_pretrained": 1,
 }
-LOGS = ("rollouts.jsonl", "heldout.jsonl", "evaluations.jsonl", "policy/model.safetensors")
+FILES = ("rollouts.jsonl", "heldout.jsonl", "policy/model.safetensors")
+NUMBERS = ("metrics.jsonl", "evaluations.jsonl")
 # What the other ranks may take to find out that one of them is gone.
 LONGEST_GRIEF = 60.0
 
@@ -100,7 +101,7 @@ def main(folder: Path, seed: int, trials: int) -> int:
         if any(codes := run([f"--resume={stopped}"], ranks)):
             problems.append(f"resumed, it ended with {codes}")
         else:
-            problems += differences(whole, stopped)
+            problems += differences(whole, stopped, ahead)
         failed += bool(problems)
         told = ", then ".join(map(str, stops))
         print(f"{ranks} ranks, ahead {ahead}, {told}: {problems or 'the same'}", flush=True)
@@ -115,18 +116,20 @@ def draw(moment: str, ranks: int, generator: random.Random) -> Stop:
     return Stop(moment, generator.randint(1, calls), rank, kind)
 
 
-def differences(whole: Path, stopped: Path) -> list[str]:
-    """The files in which two runs differ, times aside."""
-    found = [name for name in LOGS if (whole / name).read_bytes() != (stopped / name).read_bytes()]
-    if metrics(whole) != metrics(stopped):
-        found.append("metrics.jsonl")
-    return found
+def differences(whole: Path, stopped: Path, ahead: int) -> list[str]:
+    """The files in which two runs differ, times aside.
+
+    So are, a step ahead, the counts of judges' calls so far: they too tell of a moment.
+    """
+    aside = ("seconds_", "judge.") if ahead else ("seconds_",)
+    found = [n for n in FILES if (whole / n).read_bytes() != (stopped / n).read_bytes()]
+    return found + [n for n in NUMBERS if numbers(whole / n, aside) != numbers(stopped / n, aside)]
 
 
-def metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """The metrics of each step, without times."""
-    steps = map(json.loads, (run_folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in m.items() if not k.startswith("seconds_")} for m in steps]
+def numbers(path: Path, aside: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The numbers of each line, but those whose names begin so."""
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [{k: v for k, v in line.items() if not k.startswith(aside)} for line in lines]
 
 
 def run(arguments: list[str], ranks: int, stop: Stop | None = None) -> list[int | None]:

@@ -15,6 +15,7 @@ import torch
 
 from grpo.batches import Sample
 from grpo.config import Config, GRPOConfig, RolloutConfig, TrainConfig
+from grpo.lora import add_adapters, draw_adapters, whole
 from grpo.parallel import Ranks, pick_device, start_ranks
 from grpo.rollout import Group, Prompt
 from grpo.sharding import frozen_copy, shard
@@ -30,13 +31,17 @@ class Run(NamedTuple):
     family: str
     prompts_per_step: int = 3
     group_size: int = 4
+    lora_rank: int = 0
 
 
 RUNS = {
     "untied": Run("qwen2"),  # three prompts: two ranks get two of them and one
     "tied": Run("llama"),  # the embeddings are the last layer too
     "one prompt": Run("qwen2", prompts_per_step=1, group_size=8),  # the second rank gets none
+    "adapters": Run("qwen2", lora_rank=3),  # two ranks hold two rows of A and one
+    "rank 1": Run("llama", prompts_per_step=1, group_size=8, lora_rank=1),  # one has none of A
 }
+BFLOAT16_RUNS = ("untied", "adapters")
 
 
 class Numbers:
@@ -66,11 +71,15 @@ def make_trainer(ranks: Ranks, seed: int, dtype: torch.dtype, run: Run) -> Train
         # that is all but 0 would become a whole step.
         train=TrainConfig(learning_rate=1e-3, max_gradient_norm=0.5, adam_epsilon=1e-4),
     )
-    policy = shard(tiny_model(run.family, seed), ranks, dtype)
+    model = tiny_model(run.family, seed)
+    if run.lora_rank:
+        add_adapters(model, run.lora_rank, 8.0, dtype)
+    policy = shard(model, ranks, dtype)
+    draw_adapters(policy, seed)
     return Trainer(
         config=config,
         ranks=ranks,
-        reference=frozen_copy(policy),
+        reference=policy if run.lora_rank else frozen_copy(policy),
         policy=policy,
         tokenizer=Numbers(),
         stop_ids=[7, 9],
@@ -117,9 +126,9 @@ def recorded_rollout(trainer: Trainer, prompts: list[Prompt]) -> list[Group]:
     return groups
 
 
-def gradient_of_recorded(ranks: Ranks, seed: int) -> dict:
+def gradient_of_recorded(ranks: Ranks, seed: int, run: Run) -> dict:
     """Loss and gradient in bfloat16 on a rollout that is the same however many ranks there are."""
-    trainer = make_trainer(ranks, seed, torch.bfloat16, RUNS["untied"])
+    trainer = make_trainer(ranks, seed, torch.bfloat16, run)
     prompts = [Prompt(i, str(i), p, {}) for i, p in enumerate(tiny_prompts((5, 12, 8), seed))]
     recorded = recorded_rollout(trainer, prompts)
     trainer.ranks = ranks
@@ -131,9 +140,8 @@ def gradient_of_recorded(ranks: Ranks, seed: int) -> dict:
         sample.reference += 0.1
     trainer.config.train.max_gradient_norm = 1e9
     trainer.optimizer = torch.optim.SGD(trainer.policy.parameters(), lr=1.0)
-    before = {
-        name: p.full_tensor().detach().clone() for name, p in trainer.policy.named_parameters()
-    }
+    # Embeddings and head lie whole on every rank from a pass without gradient to the next with one.
+    before = {name: whole(p).detach().clone() for name, p in trainer.policy.named_parameters()}
     trainer.config.train.learning_rate = 1.0
     trainer.config.train.warmup_fraction = 0.0
     metrics = trainer.update_on(trainer.minibatch(samples), 0)
@@ -149,7 +157,8 @@ def main() -> None:
     with start_ranks(pick_device("cpu"), hybrid=hybrid) as ranks:
         assert ranks.mesh.ndim == (2 if hybrid else 1)
         results = {name: train(ranks, seed, run) for name, run in RUNS.items()}
-        results["bfloat16"] = gradient_of_recorded(ranks, seed)
+        for name in BFLOAT16_RUNS:
+            results[f"{name} in bfloat16"] = gradient_of_recorded(ranks, seed, RUNS[name])
         if ranks.is_main:
             torch.save(results, folder / f"world{ranks.world_size}.pt")
 

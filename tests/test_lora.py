@@ -146,7 +146,8 @@ def test_gradients_are_those_through_explicit_weights(family: str) -> None:
     }
     weights = dict(plain.named_parameters())
     for name in list(weights):
-        a, b = (adapters.get(name.replace("weight", f"lora_{matrix}")) for matrix in "ab")
+        layer = name.removesuffix(".weight")
+        a, b = (adapters.get(f"{layer}.lora_{matrix}") for matrix in "ab")
         if a is not None:
             weights[name] = weights[name].detach() + SCALE * b @ a
     expected_loss = (functional_call(plain, weights, ids).logits * weighting).sum()
@@ -299,8 +300,9 @@ def test_updates_move_the_adapters_alone_and_the_reference_stays(
         assert torch.equal(full(parameter), before[name]) == ("lora_" not in name), name
     with adapters_off(policy):
         assert torch.equal(row_logprobs(policy, seed), base)
-    state = trainer.optimizer.state
-    assert {id(p) for p in state} == {id(p) for p in policy.parameters() if p.requires_grad}
+    state, [stepped] = trainer.optimizer.state, trainer.optimizer.param_groups
+    trained = {id(p) for p in policy.parameters() if p.requires_grad}
+    assert set(map(id, state)) == set(map(id, stepped["params"])) == trained
     assert {s["exp_avg"].dtype for s in state.values()} == {torch.float32}
 
 
@@ -387,8 +389,16 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(
     monkeypatch.syspath_prepend(tmp_path)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     settings = [f"--{name}={value}" for name, value in SMALL.items()]
-    settings.append(f"--seed={fresh_seed()}")
+    settings.append(f"--seed={(seed := fresh_seed())}")
+    seeds = []
+
+    def draw(model: PreTrainedModel, seed: int) -> None:
+        seeds.append(seed)
+        draw_adapters(model, seed)
+
+    monkeypatch.setattr(train, "draw_adapters", draw)
     run(monkeypatch, *settings, f"--output={whole}")
+    assert seeds == [seed]
     original = Trainer.update
 
     def die_in_the_third(self: Trainer, step: int) -> dict:

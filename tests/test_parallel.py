@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo.sampling import random_key
-from tests.parallel_worker import RUNS
+from tests.parallel_worker import BFLOAT16_RUNS, RUNS
 from tests.test_generation import assert_first_difference_is_rounding
 from tests.tiny import ROOT, fresh_seed, tiny_model, torchrun
 
@@ -76,12 +76,12 @@ def test_the_same_losses_and_weights(worlds: tuple[dict, dict], run: str) -> Non
         for name in a:
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), name
     assert one["weights"].keys() == two["weights"].keys()
-    assert ("lm_head.weight" in two["weights"]) == (run != "tied")
+    assert ("lm_head.weight" in two["weights"]) == (RUNS[run].family == "qwen2")
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [name for name, run in RUNS.items() if not run.lora_rank])
 def test_the_training_moved_the_weights_and_the_copy_followed(
     worlds: tuple[dict, dict], run: str
 ) -> None:
@@ -91,6 +91,24 @@ def test_the_training_moved_the_weights_and_the_copy_followed(
         for name, weight in result["weights"].items():
             assert torch.equal(result["copies"][-1][name], weight), name
             assert not torch.equal(result["copies"][0][name], weight), name
+
+
+@pytest.mark.parametrize("run", [name for name, run in RUNS.items() if run.lora_rank])
+def test_the_training_moved_the_adapters_and_the_copy_has_them_merged(
+    worlds: tuple[dict, dict], run: str
+) -> None:
+    for world in worlds:
+        weights, copies = world[run]["weights"], world[run]["copies"]
+        for name, copied in copies[-1].items():
+            layer = name.removesuffix(".weight")
+            a, b = (weights.get(f"{layer}.lora_{matrix}") for matrix in "ab")
+            assert torch.equal(weights[name], copies[0][name]), name
+            if a is None:
+                assert torch.equal(copied, weights[name]), name
+            else:
+                merged = weights[name] + 8.0 / RUNS[run].lora_rank * b @ a
+                torch.testing.assert_close(copied, merged, rtol=0, atol=1e-6)
+                assert (copied != weights[name]).any(), name
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -104,11 +122,12 @@ def test_kl_and_ratio_before_the_first_update(worlds: tuple[dict, dict], run: st
         assert all(metrics["kl"] > 0 for metrics in later)
 
 
+@pytest.mark.parametrize("run", BFLOAT16_RUNS)
 def test_bfloat16_gives_the_same_loss_and_gradient_on_a_recorded_rollout(
-    worlds: tuple[dict, dict],
+    worlds: tuple[dict, dict], run: str
 ) -> None:
     """Each row is computed alike wherever it runs; only the float32 sum has another order."""
-    one, two = (world["bfloat16"] for world in worlds)
+    one, two = (world[f"{run} in bfloat16"] for world in worlds)
     assert one["metrics"]["loss"] == pytest.approx(two["metrics"]["loss"], rel=1e-5)
     norm = sum(g.square().sum() for g in one["gradient"].values()).sqrt()
     assert norm > 1e-3
