@@ -407,6 +407,9 @@ def test_the_judges_that_are_on_the_gpu() -> None:
     judge = replace(config.judge, kind="local", model="a")
     config.judge = replace(judge, bystander=replace(judge.bystander, model="b"))
     assert train.judge_models(config) == ["a", "b"]
+    config.judge = replace(config.judge, device="cpu")
+    assert train.judge_models(config) == []
+    config.judge = replace(config.judge, device="auto")
     config.reward = "module:function"
     assert train.judge_models(config) == []
 
