@@ -218,11 +218,11 @@ def exit_with_plan(config: RunConfig, machine_text: str) -> NoReturn:
 
 
 def judge_models(config: RunConfig) -> list[str]:
-    """The models that judge in this process, each of which is loaded once."""
+    """The models that judge on the policy's device, each of which is loaded once."""
     if config.reward != "perm":
         return []
     judges = [config.judge.of(role) for role in ROLES]
-    return sorted({judge.model for judge in judges if judge.kind == "local"})
+    return sorted({j.model for j in judges if j.kind == "local" and j.device != "cpu"})
 
 
 # --- data ----------------------------------------------------------------------------------------

@@ -1,18 +1,34 @@
 """What must hold on CUDA, checked there: each function raises where it does not."""
 
+import gc
+import tempfile
 import warnings
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from grpo import decoding, generation
+from grpo.config import Config
+from grpo.config_loader import fill
 from grpo.decoding import uses_graphs
 from grpo.generation import generate_groups
 from grpo.logprobs import completion_logprobs
-from grpo.rollout import Completion
+from grpo.lora import add_adapters, draw_adapters
+from grpo.parallel import Ranks, pick_device, start_ranks
+from grpo.plan import Machine, make_plan
+from grpo.rollout import Completion, Prompt
 from grpo.sampling import Sampling
+from grpo.sharding import frozen_copy, shard
+from grpo.trainer import Trainer
 from grpo.tree_attention import FLEX_TOLERANCE, compare_flex, compiled_flex
 
 LENGTHS = (5, 170, 1, 33, 140)
@@ -159,6 +175,86 @@ def check_no_waiting() -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+def check_plan() -> None:
+    """What --plan says of a step is within 15 % of the most that the allocator has given out."""
+    config = fill(
+        Config(),
+        {
+            "rollout.max_prompt_tokens": 256,
+            "rollout.max_completion_tokens": 256,
+            "data.heldout_records": 1,
+            "train.tokens_per_row": 4096,
+        },
+    )
+    shape = Qwen2Config(
+        vocab_size=32000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        architectures=["Qwen2ForCausalLM"],
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    for change in ({}, {"train.gradient_checkpointing": False}, {"policy.lora_rank": 16}):
+        changed = fill(config, change)
+        with tempfile.TemporaryDirectory() as folder:
+            shape.save_pretrained(folder)
+            planned = make_plan(changed, folder, Machine(1, 1, 80)).peak
+        measured = peak_of_a_step(changed, shape)
+        found = f"{planned.total / 1e9:.2f} GB ({planned.name}) planned, {measured / 1e9:.2f} used"
+        print(f"       {change}: {found}", flush=True)
+        assert abs(planned.total / measured - 1) <= 0.15, f"{change}: {found}"
+
+
+def peak_of_a_step(config: Config, shape: Qwen2Config, device: str = "cuda") -> int:
+    """Most bytes that the allocator gives out in a second step, all of whose completions are as
+    long as they may be."""
+    gc.collect()
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    with start_ranks(pick_device(device)) as ranks:
+        trainer = make_trainer(config, shape, ranks)
+        tokens = [7] * config.rollout.max_prompt_tokens
+        for step in range(2):
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            records = range(config.grpo.prompts_per_step)
+            trainer.rollout(step, [Prompt(i, "", tokens, {}) for i in records])
+            trainer.update(step)
+        return torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
+
+
+def make_trainer(config: Config, shape: Qwen2Config, ranks: Ranks) -> Trainer:
+    """A trainer of random weights. No token stops a completion; its first decides its reward."""
+    dtype = getattr(torch, config.policy.compute_dtype)
+    torch.manual_seed(0)
+    with ranks.device:
+        model = Qwen2ForCausalLM(shape)
+    if config.policy.lora_rank:
+        add_adapters(model, config.policy.lora_rank, config.policy.lora_alpha, dtype)
+    policy = shard(model, ranks, dtype)
+    draw_adapters(policy, seed=0)
+
+    class Numbers:
+        def decode(self, token_ids: list[int], **_: object) -> str:
+            return str(token_ids[0])
+
+    def reward(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
+        return [float(text) for text in completions]
+
+    return Trainer(
+        config=config,
+        ranks=ranks,
+        policy=policy,
+        reference=policy if config.policy.lora_rank else frozen_copy(policy),
+        tokenizer=cast(Any, Numbers()),
+        stop_ids=[shape.vocab_size],
+        reward=reward,
+        steps=2,
+    )
+
+
 CHECKS: list[Callable[[], None]] = [
     check_greedy,
     check_flex,
@@ -166,6 +262,7 @@ CHECKS: list[Callable[[], None]] = [
     check_recorded,
     check_graphs,
     check_no_waiting,
+    check_plan,
 ]
 
 

@@ -122,7 +122,9 @@ def form_of(
         model = AutoModelForCausalLM.from_config(changed, dtype=dtype).eval()
         if lora_rank:
             # All in the compute type, in which FSDP2 runs it. The scale takes no memory.
-            add_adapters(model, lora_rank, 1.0, dtype).to(dtype)
+            add_adapters(model, lora_rank, 1.0, dtype)
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
     return model
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo import logprobs
 from grpo.config import TrainConfig
 from grpo.logprobs import score
+from grpo.lora import add_adapters, draw_adapters
 from grpo.optimizer import make_optimizer
 from grpo.packing import pack
 from grpo.parallel import Ranks, pick_device, start_ranks
@@ -25,7 +26,7 @@ from grpo.rehearsal import attend_fused
 from grpo.sharding import shard
 from grpo.trainer import enable_checkpointing
 
-TOKENS = 700
+TOKENS, LORA_RANK = 700, 5
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -55,11 +56,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def held(ranks: Ranks, model_folder: str, checkpointing: bool) -> dict[str, int]:
+def held(
+    ranks: Ranks, model_folder: str, *, checkpointing: bool, lora_rank: int = 0
+) -> dict[str, int]:
     """Bytes that one rank holds after real updates of a policy, and at the peak of another."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
+    if lora_rank:
+        add_adapters(model, lora_rank, 32.0, torch.float32)
     policy = shard(model.float(), ranks, torch.float32)
+    draw_adapters(policy, 0)
     if checkpointing:
         enable_checkpointing(policy.train())
     optimizer = make_optimizer(policy, TrainConfig())
@@ -74,7 +80,7 @@ def held(ranks: Ranks, model_folder: str, checkpointing: bool) -> dict[str, int]
     first = peak_bytes(backward)
     second = peak_bytes(backward)
     parameters = list(policy.parameters())
-    states = [optimizer.state[parameter] for parameter in parameters]
+    states = [optimizer.state[parameter] for parameter in parameters if parameter.requires_grad]
     kinds = {
         "weights": [p.detach() for p in parameters],
         "gradients": [p.grad for p in parameters if p.grad is not None],
@@ -102,6 +108,7 @@ def main() -> None:
         results = {
             "kept": held(ranks, sys.argv[1], checkpointing=False),
             "recomputed": held(ranks, sys.argv[1], checkpointing=True),
+            "adapted": held(ranks, sys.argv[1], checkpointing=True, lora_rank=LORA_RANK),
         }
         path = Path(sys.argv[2]) / f"rank{ranks.rank}.json"
         path.write_text(json.dumps(results))
