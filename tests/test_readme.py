@@ -15,7 +15,7 @@ import data
 import train
 import warm_start
 from grpo import explain
-from grpo.config_loader import PRESETS, Flags, find_settings
+from grpo.config_loader import PRESETS, find_settings
 from grpo.reward import import_reward
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +84,7 @@ def test_the_programs_are_all_met() -> None:
 
 def test_every_flag_in_running_text_is_one_of_train_py() -> None:
     known = {f"--{name}" for name in find_settings(train.RunConfig())}
-    known |= {f"--{field.name.replace('_', '-')}" for field in fields(Flags)}
+    known |= {f"--{field.name.replace('_', '-')}" for field in fields(train.RunFlags)}
     text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     named = set(re.findall(r"--[a-z][\w.-]*", text))
     assert named and named <= known
