@@ -181,7 +181,8 @@ def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim
     """
     tensors = tensors_of(model, optimizer)
     reader = distributed_checkpoint.FileSystemReader(folder)
-    saved = {key: data.size for key, data in reader.read_metadata().state_dict_metadata.items()}
+    metadata = reader.read_metadata().state_dict_metadata
+    saved = {key: getattr(data, "size", None) for key, data in metadata.items()}
     if saved != {key: tensor.shape for key, tensor in tensors.items()}:
         raise ConfigError(
             f"--resume: {folder} holds the weights of another policy.model or policy.lora_rank; "

@@ -135,11 +135,12 @@ def safetensors_files(name: str) -> list[str]:
     return []
 
 
-def first_layers(name: str, layers: int) -> PreTrainedModel:
+def first_layers(name: str, layers: int, device: torch.device) -> PreTrainedModel:
     """A saved model in float32 that ends after its first few layers, to try things with."""
     config = AutoConfig.from_pretrained(name)
     text = config.get_text_config()
     text.num_hidden_layers = min(layers, text.num_hidden_layers)
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[: text.num_hidden_layers]
-    return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
+    return torch.nn.Module.to(model, device).eval()

@@ -1,6 +1,7 @@
 """One code path for one process or many: the process group, and who does what in it."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,10 @@ T = TypeVar("T")
 
 # Of ranks for one another: some wait for judges that have asked for time.
 LONGEST_WAIT = timedelta(hours=4)
+
+# Seconds in which all processes must have started.
+LONGEST_MEETING = 600.0
+NOTICE = "perm-grpo/port"
 
 # What a process must know to find the others.
 TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -147,7 +152,10 @@ def start_ranks(device: torch.device, *, hybrid: bool = False) -> Iterator[Ranks
                 f"RANK = {os.environ['RANK']}: is in the environment without {', '.join(missing)}; "
                 "unset it, or start with torchrun, which sets all of them"
             )
-        dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(
+            backend, store=meet(rank), rank=rank, world_size=world_size, timeout=LONGEST_WAIT
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -157,6 +165,29 @@ def start_ranks(device: torch.device, *, hybrid: bool = False) -> Iterator[Ranks
         yield Ranks(dist.get_rank(), world_size, device, mesh)
     finally:
         dist.destroy_process_group()
+
+
+def meet(rank: int) -> dist.Store:
+    """The store through which the processes find one another.
+
+    torchrun's own is the same after a restart, and still holds the addresses of processes that are
+    gone. So rank 0 opens a new one, and leaves word there; who reads an old word finds nobody at
+    that address, and looks again.
+    """
+    notice_board, _, _ = next(dist.rendezvous("env://"))
+    address = os.environ["MASTER_ADDR"]
+    if rank == 0:
+        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        notice_board.set(NOTICE, str(store.port))
+        return store
+    ends = time.monotonic() + LONGEST_MEETING
+    while True:
+        try:
+            port = int(notice_board.get(NOTICE))
+            return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=3))
+        except dist.DistError:
+            if time.monotonic() > ends:
+                raise
 
 
 def make_mesh(device: torch.device, within: int, world_size: int) -> DeviceMesh:

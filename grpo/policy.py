@@ -68,7 +68,7 @@ def load_policy(name: str, device: torch.device, *, check: bool = True) -> Polic
         refuse_unsupported(model)
         weights = Weights(name, model)
         if check:
-            check_packing(first_layers(name, LAYERS_CHECKED).to(device))
+            check_packing(first_layers(name, LAYERS_CHECKED, device))
     except UnsupportedModel as error:
         raise ConfigError(
             f"policy.model = {name}: {error}; only models whose layers are all full attention "

@@ -3,6 +3,7 @@
 Copies are made from the policy's form: the model before it was sharded, without its memory.
 """
 
+import gc
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -149,6 +150,7 @@ def plain_copy(model: PreTrainedModel) -> PreTrainedModel:
 def let_go(model: PreTrainedModel) -> None:
     """Free the memory of a sharded policy's plain copy; `plain_copy` makes it anew."""
     cast(Any, model).copies.generator = None
+    gc.collect()  # the copy, its decoder and the decoder's graphs refer to one another
 
 
 def frozen_copy(model: PreTrainedModel, *, on_cpu: bool = False) -> PreTrainedModel:

@@ -71,7 +71,7 @@ def test_a_mixture_of_experts_whose_files_have_other_names(tmp_path: Path) -> No
 def test_the_first_layers_are_those_of_the_model(tmp_path: Path) -> None:
     saved = tiny_model("qwen3", fresh_seed())
     saved.save_pretrained(tmp_path)
-    short = first_layers(str(tmp_path), 2)
+    short = first_layers(str(tmp_path), 2, CPU)
     assert len(short.model.layers) == 2 < len(saved.model.layers)
     weights = dict(saved.named_parameters())
     assert all(torch.equal(p, weights[name]) for name, p in short.named_parameters())
