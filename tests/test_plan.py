@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
@@ -188,8 +190,9 @@ def without_copies(planned: Plan) -> int:
 def test_a_rehearsed_row_takes_what_a_real_one_takes(
     checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    as_on_cuda(monkeypatch)
     real, rehearsed = models(checkpointing)
+    found = rehearse_row(rehearsed, TOKENS, 1.0)
+    as_on_cuda(monkeypatch)
     row = pack([([1], [[1] * TOKENS])], "cpu")
 
     def forward() -> None:
@@ -202,7 +205,6 @@ def test_a_rehearsed_row_takes_what_a_real_one_takes(
     for parameter in real.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     update()
-    found = rehearse_row(rehearsed, TOKENS, 1.0)
     most = max(found.forward, found.scored)
     assert most == pytest.approx(peak_bytes(forward), rel=0.01)
     most = max(found.logprobs, found.backward)
@@ -239,6 +241,27 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(
     assert found.kept == pytest.approx(
         sum(map(torch.UntypedStorage.nbytes, kept.values())), rel=0.02
     )
+
+
+def test_the_attention_that_is_rehearsed_keeps_what_a_fused_kernel_keeps() -> None:
+    """PyTorch's own fused kernel on a CPU: query, key, value, output, and a number for each query
+    of a head."""
+    query, key, value = (torch.randn(1, 4, 256, 32, requires_grad=True) for _ in range(3))
+
+    def kept_by(attend: Callable[[], torch.Tensor]) -> list[int]:
+        kept: dict[int, int] = {}
+
+        def remember(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            attend()
+        return sorted(kept.values())
+
+    fused = kept_by(lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True))
+    assert kept_by(lambda: attend_fused(0, query, key, value, None, 1.0)) == fused
+    assert len(fused) == 5
 
 
 def models(checkpointing: bool) -> list:
@@ -422,8 +445,8 @@ def test_savings_are_those_of_the_changed_settings(small: str) -> None:
 
     least = fill(config, {"policy.compute_dtype": "bfloat16", "policy.lora_rank": 4})
     assert savings(least, make(least), make) == []  # none is worth a twentieth of a GiB
-    big = fill(config, {"train.tokens_per_row": 400_000, "train.gradient_checkpointing": False})
-    big = fill(big, {"grpo.prompts_per_step": 1000})
+    big = fill(config, {"train.tokens_per_row": 40_000, "train.gradient_checkpointing": False})
+    big = fill(big, {"grpo.prompts_per_step": 100})
     found = savings(big, make(big), make)
     assert [*found[0].change] == ["policy.compute_dtype"]
     changed, before = big, make(big).peak.total
