@@ -405,7 +405,7 @@ def test_settings_take_away_what_they_say(small: str) -> None:
 def test_loading_needs_what_is_checked_before(small: str, tmp_path: Path) -> None:
     config = AutoConfig.from_pretrained(small)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    checked = first_layers(str(tmp_path), LAYERS_CHECKED)
+    checked = first_layers(str(tmp_path), LAYERS_CHECKED, torch.device("cpu"))
     planned = make_plan(small_config(), small, Machine(1, 2, 80))
     assert planned.host["to load"] == sum(p.nbytes for p in checked.parameters())
     assert planned.host["to export"] == 4 * planned.weights

@@ -239,15 +239,14 @@ def moved_by(trainer: Trainer, groups: list[Group]) -> tuple[dict, dict[str, tor
 
 
 def recorded_elsewhere(groups: list[Group], seed: int) -> list[Group]:
-    """The groups as another policy would have recorded them: log-probs of a slightly moved one."""
-    other = tiny_model("llama", seed)
+    """The groups as another policy would have recorded them: each token likelier or less likely."""
+    policy = tiny_model("llama", seed)
     with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.05)
         for group in groups:
             for completion in group.completions:
-                logp = plain_logprobs(other, group.prompt.token_ids, completion.token_ids)
-                completion.logprobs = logp.tolist()
+                logp = plain_logprobs(policy, group.prompt.token_ids, completion.token_ids)
+                away = [(-1) ** t * (0.3 + t / 100) for t in range(len(logp))]
+                completion.logprobs = (logp + torch.tensor(away)).tolist()
     return groups
 
 
