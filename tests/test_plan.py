@@ -158,7 +158,8 @@ def test_a_real_step_holds_what_was_planned(ranks: int, small: str, tmp_path: Pa
 
         stays = parts["weights"] + parts["optimiser"]
         assert plan.rows_of_update(config, ranks)[1] > 1
-        measured = stays + parts["gradients"] + fullest["second_row"]
+        second_row = min(other[way]["second_row"] for other in of_ranks)
+        measured = stays + parts["gradients"] + second_row
         assert 0.97 <= without_copies(planned) / measured <= 1.1
 
         one_row = fill(
@@ -173,7 +174,7 @@ def test_a_real_step_holds_what_was_planned(ranks: int, small: str, tmp_path: Pa
         )
         assert plan.rows_of_update(one_row, ranks) == (TOKENS, 1)
         planned = make_plan(one_row, small, Machine(1, ranks, 80))
-        measured = stays + fullest["first_row"]
+        measured = stays + min(other[way]["first_row"] for other in of_ranks)
         assert 0.97 <= without_copies(planned) / measured <= 1.1
 
 
