@@ -378,6 +378,7 @@ class Killed(BaseException):
     """What no part of a run catches."""
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_to_the_last_bit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -137,7 +137,8 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("ranks", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_real_step_holds_what_was_planned(ranks: int, small: str, tmp_path: Path) -> None:
     """Weights, gradients and moments to the byte on the fullest rank, the first; the others have
     fewer rows of their own, but FSDP2 pads their weights to as many. The peak of the update may be
@@ -438,6 +439,7 @@ def test_the_judges_that_are_on_the_gpu() -> None:
     assert train.judge_models(config) == []
 
 
+@pytest.mark.slow
 def test_savings_are_those_of_the_changed_settings(small: str) -> None:
     config, machine = small_config(), Machine(1, 1, 80)
 
