@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import data
-from grpo.checkpoint import export_policy
+from grpo.checkpoint import export_policy, write_synced
 from grpo.config import Config, ConfigError, Flags, load_config, read_flags, to_toml
 from grpo.config_loader import exit_with
 from grpo.interruption import Interrupted
@@ -87,7 +87,10 @@ def main() -> None:
         config, resume = read_command_line(sys.argv[1:])
         hybrid = config.policy.sharding == "hybrid"
         with start_ranks(pick_device(config.policy.device), hybrid=hybrid) as ranks:
-            config.output = ranks.gather(config.output)[0]  # one clock names it
+            # One clock names the run; a node that torchrun has replaced goes on with the others.
+            told = ranks.gather((config, resume))
+            resume = any(resumes for _, resumes in told)
+            config = next(of_rank for of_rank, resumes in told if resumes == resume)
             train(config, ranks, resume)
     except ConfigError as error:
         # Rank 0 speaks for all; where RANK stands alone in the environment there is nobody else.
@@ -379,7 +382,9 @@ def open_output(config: RunConfig, ranks: Ranks, resume: bool) -> Iterator[Path]
                 try:
                     output.mkdir(parents=True, exist_ok=True)
                     held.enter_context(locked(output / "lock"))
-                    (output / "config.toml").write_text(to_toml(config), encoding="utf-8")
+                    aside = output / "config.toml.partial"
+                    write_synced(aside, to_toml(config))
+                    os.replace(aside, output / "config.toml")
                 except BlockingIOError as error:
                     raise ConfigError(
                         f"output = {output}: another process works on this run; wait for its end"

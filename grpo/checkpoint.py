@@ -15,11 +15,12 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from grpo.config_loader import ConfigError
@@ -29,6 +30,7 @@ from grpo.rollout import Group, read_groups
 STATE_FILE = "run.json"
 ROLLOUT_FILE = "rollout-{}.jsonl"  # with the checksum of its content
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -59,7 +61,7 @@ def save_checkpoint(
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
     except OSError as e:
-        error = e.strerror
+        error = e.strerror or str(e)
     raise_together(error, ranks)
     try:
         writer = distributed_checkpoint.FileSystemWriter(aside, sync_files=True)
@@ -68,15 +70,18 @@ def save_checkpoint(
     except (OSError, CheckpointException) as e:
         error = cause_of(e)
     raise_together(error, ranks)
+    own = {path.name: checksum(path) for path in sorted(aside.glob(f"__{ranks.rank}_*"))}
+    checksums = {name: value for of_rank in ranks.gather(own) for name, value in of_rank.items()}
     try:
         if ranks.is_main:
-            checksums = {path.name: checksum(path) for path in sorted(aside.iterdir())}
+            others = [path for path in sorted(aside.iterdir()) if path.name not in checksums]
+            checksums |= {path.name: checksum(path) for path in others}
             write_synced(aside / STATE_FILE, json.dumps({"state": state, "files": checksums}))
             if rollout is not None:
                 write_rollout(aside, rollout)
             replace_folder(aside, folder)
     except OSError as e:
-        error = e.strerror
+        error = e.strerror or str(e)
     raise_together(error, ranks)
 
 
@@ -87,7 +92,7 @@ def save_rollout(folder: Path, groups: Sequence[Group], ranks: Ranks) -> None:
         if ranks.is_main:
             write_rollout(folder, groups)
     except OSError as e:
-        error = e.strerror
+        error = e.strerror or str(e)
     raise_together(error, ranks)
 
 
@@ -110,6 +115,9 @@ def tensors_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict
     A parameter that was never stepped has moments of 0 after 0 steps, which is what AdamW starts
     from.
     """
+    if isinstance(model, FSDPModule):
+        # After a pass without gradient its root is left gathered, in the type that computes.
+        cast(Any, model).reshard()
     tensors: dict[str, Any] = {}
     for name, parameter in trained_parameters(model):
         kept = optimizer.state.get(parameter, {})
@@ -156,9 +164,9 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def sync(folder: Path) -> None:
-    """Have the names in a folder on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file's content, or the names in a folder, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -224,6 +232,15 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-[0-9]*[0-9]"), reverse=True)
 
 
+def set_aside_newer(path: Path) -> None:
+    """Take the checkpoints that are newer than the one at `path`, damaged all of them, out of the
+    row: they count as none from now on, and are not removed either."""
+    for other in checkpoints(path.parent):
+        if other.name > path.name:
+            shutil.rmtree(damaged := other.with_name(other.name + DAMAGED), ignore_errors=True)
+            os.replace(other, damaged)
+
+
 def remove_old(folder: Path, keep: int, best: str | None) -> None:
     """Keep the newest so many, and the best one; half-written ones go too."""
     for path in checkpoints(folder)[keep:]:
@@ -253,4 +270,6 @@ def export_policy(
     model.generation_config.eos_token_id = stop_ids
     model.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
+    for path in aside.iterdir():
+        sync(path)
     replace_folder(aside, folder)

@@ -26,8 +26,9 @@ SECONDS_TO_SAVE = 25.0
 SECONDS_OF_ECHO = 1.0
 
 
-class Interrupted(Exception):
-    """A signal has asked the run to end."""
+class Interrupted(BaseException):
+    """A signal has asked the run to end. As with KeyboardInterrupt, who takes any Exception for a
+    fault of something else does not take this for one."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)

@@ -57,7 +57,8 @@ def warnings_of(metrics: Mapping[str, float]) -> list[str]:
         warnings.append(
             f"log-probs of generation and training differ by {difference:.3f} on average "
             "(rounding explains a few hundredths at most): the ratio does not start at 1; try "
-            "policy.compute_dtype = float32"
+            "policy.compute_dtype = float32 (with rollout.ahead = 1 an update moves them too: then "
+            "lower train.learning_rate)"
         )
     if metrics["unscored"] > LARGEST_UNSCORED_SHARE * metrics["completions"]:
         causes = ", ".join(

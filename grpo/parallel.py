@@ -153,8 +153,9 @@ def start_ranks(device: torch.device, *, hybrid: bool = False) -> Iterator[Ranks
                 "unset it, or start with torchrun, which sets all of them"
             )
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = meet(rank, world_size)
         dist.init_process_group(
-            backend, store=meet(rank), rank=rank, world_size=world_size, timeout=LONGEST_WAIT
+            backend, store=store, rank=rank, world_size=world_size, timeout=LONGEST_WAIT
         )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -167,14 +168,16 @@ def start_ranks(device: torch.device, *, hybrid: bool = False) -> Iterator[Ranks
         dist.destroy_process_group()
 
 
-def meet(rank: int) -> dist.Store:
+def meet(rank: int, world_size: int) -> dist.Store:
     """The store through which the processes find one another.
 
     torchrun's own is the same after a restart, and still holds the addresses of processes that are
     gone. So rank 0 opens a new one, and leaves word there; who reads an old word finds nobody at
-    that address, and looks again.
+    that address, and looks again. Without torchrun the store is rank 0's, and new.
     """
-    notice_board, _, _ = next(dist.rendezvous("env://"))
+    notice_board, _, _ = next(dist.rendezvous("env://", rank, world_size))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return notice_board
     address = os.environ["MASTER_ADDR"]
     if rank == 0:
         store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False)
@@ -188,6 +191,7 @@ def meet(rank: int) -> dist.Store:
         except dist.DistError:
             if time.monotonic() > ends:
                 raise
+            time.sleep(0.1)
 
 
 def make_mesh(device: torch.device, within: int, world_size: int) -> DeviceMesh:

@@ -8,9 +8,10 @@ A checkpoint holds how long these files were. What a later step wrote before a c
 when the run goes on, and written again, the same to the last bit.
 """
 
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,13 +22,16 @@ from grpo.checkpoint import (
     DamagedCheckpoint,
     checkpoints,
     load_checkpoint,
+    raise_together,
     read_rollout,
     read_state,
     remove_old,
     save_checkpoint,
     save_rollout,
+    set_aside_newer,
+    sync,
 )
-from grpo.config import Config
+from grpo.config import Config, ConfigError
 from grpo.interruption import Interrupted
 from grpo.monitor import append_line, rollout_metrics, warnings_of
 from grpo.patience import RunStopped
@@ -107,7 +111,7 @@ class Run:
             self.take_steps_that_are_left()
         except NotSaved:
             raise
-        except (RunStopped, Interrupted):
+        except (RunStopped, Interrupted, ConfigError):  # all ranks have it
             self.save(with_rollout=True)
             raise
 
@@ -124,16 +128,18 @@ class Run:
             disable=not ranks.is_main,
         ) as bar:
             while True:
-                if is_due(self.done, self.config.evaluation.every) and self.evaluated < self.done:
+                is_paid = self.sampled is not None or self.is_paid_for()
+                is_last = self.done == steps or not is_paid
+                evaluation, checkpoint = self.config.evaluation, self.config.checkpoint
+                if self.evaluated < self.done and (is_last or is_due(self.done, evaluation.every)):
                     self.evaluate()
-                if is_due(self.done, self.config.checkpoint.every):
+                if is_last or is_due(self.done, checkpoint.every) or self.is_best_yet():
                     self.save()
                 ranks.stop_if_asked()
-                if self.done == steps:
-                    break
-                if self.sampled is None and not self.is_paid_for():
+                if self.done < steps and not is_paid:
                     where = f"before step {self.done + 1} of {steps}"
                     self.remarks.append(f"stopped          {where}: {self.budget}")
+                if is_last:
                     break
                 metrics = self.take_step()
                 bar.set_postfix_str(
@@ -141,9 +147,6 @@ class Run:
                     f"{metrics['completion_tokens_mean']:.0f} tokens"
                 )
                 bar.update()
-        if self.evaluated < self.done:
-            self.evaluate()
-        self.save()
 
     def take_step(self) -> dict[str, float]:
         """One step; returns its metrics. Raises RunStopped where updates have become impossible."""
@@ -155,8 +158,8 @@ class Run:
         rollout, asked_with = self.sampled, state_of(trainer.reward)
         following = self.sample(step + 1) if self.may_go_ahead() else None
         groups = trainer.finish_rollout(rollout)
-        if is_main:  # before the update: verdicts are paid for
-            write_groups(self.output / "rollouts.jsonl", step, groups)
+        # Before the update: verdicts are paid for.
+        self.write(lambda: write_groups(self.output / "rollouts.jsonl", step, groups))
         metrics = {"step": step, **rollout_metrics(groups), **trainer.update(step - 1)}
         self.done, self.sampled, self.asked_with = step, following, asked_with
         metrics |= self.spent(groups)
@@ -164,8 +167,8 @@ class Run:
             details = [c.details for group in groups for c in group.completions]
             metrics |= trainer.reward.after_step(details)
         metrics["seconds_step"] = time.perf_counter() - start
+        self.write(lambda: append_line(self.output / "metrics.jsonl", metrics))
         if is_main:
-            append_line(self.output / "metrics.jsonl", metrics)
             for warning in warnings_of(metrics):
                 tqdm.write(f"warning: step {step}: {warning}", file=sys.stderr)
         self.measure_files()
@@ -192,14 +195,32 @@ class Run:
         """Held-out completions of the policy as it is now."""
         groups = self.trainer.evaluate(self.heldout)
         metrics = {"step": self.done, **heldout_metrics(groups), **self.spent(groups)}
-        if self.trainer.ranks.is_main:
-            write_groups(self.output / "heldout.jsonl", self.done, groups)
-            append_line(self.output / "evaluations.jsonl", metrics)
-        if self.best is None or metrics["reward_mean"] > self.best[0]:
-            self.best = metrics["reward_mean"], checkpoint_name(self.done)
+        self.write(lambda: write_groups(self.output / "heldout.jsonl", self.done, groups))
+        self.write(lambda: append_line(self.output / "evaluations.jsonl", metrics))
+        reward = metrics["reward_mean"]  # NaN where nothing was scored
+        if not math.isnan(reward) and (self.best is None or reward > self.best[0]):
+            self.best = reward, checkpoint_name(self.done)
         self.evaluated, self.after = self.done, groups
         self.measure_files()
         return groups
+
+    def is_best_yet(self) -> bool:
+        """Whether the policy as it is now has the best held-out reward of all."""
+        is_measured = 0 < self.evaluated == self.done
+        return is_measured and self.best is not None and self.best[1] == checkpoint_name(self.done)
+
+    def write(self, work: Callable[[], None]) -> None:
+        """Write to the run's files, on the main rank. Raises NotSaved, on all, where that fails."""
+        error = None
+        if self.trainer.ranks.is_main:
+            try:
+                work()
+            except OSError as e:
+                error = e.strerror or str(e)
+        try:
+            raise_together(error, self.trainer.ranks)
+        except OSError as e:
+            raise NotSaved(f"{self.output} cannot be written to ({e}); make room") from e
 
     def spent(self, groups: Sequence[Group]) -> dict[str, float]:
         """Metrics of what was spent, these groups included."""
@@ -237,6 +258,10 @@ class Run:
         }
         rollout = self.sampled.everyone if self.sampled and (ahead or with_rollout) else None
         try:
+            if trainer.ranks.is_main:  # the state below tells of what is in them
+                for name in self.lengths:
+                    if (self.output / name).exists():
+                        sync(self.output / name)
             if self.saved != self.done:
                 save_checkpoint(
                     path, trainer.policy, trainer.optimizer, state, trainer.ranks, rollout
@@ -255,11 +280,15 @@ class Run:
     def resume(self) -> None:
         """Go on from the newest checkpoint that is whole; from the start where there is none."""
         trainer = self.trainer
-        found = trainer.ranks.gather(self.find_checkpoint() if trainer.ranks.is_main else None)[0]
+        with trainer.ranks.failing_together():
+            mine = self.find_checkpoint() if trainer.ranks.is_main else None
+        found = trainer.ranks.gather(mine)[0]
         self.lengths = found.state["logs"] if found else {}
         if trainer.ranks.is_main:
             for name in LOGS:
                 cut_off(self.output / name, self.lengths.get(name, 0))
+            if found:
+                set_aside_newer(found.path)
         if found is None:
             return
         path, state = found.path, found.state
@@ -276,21 +305,34 @@ class Run:
             restore(trainer.reward, self.asked_with)
             self.sampled = trainer.go_on_with(found.rollout)
         restore(trainer.reward, state["reward"][rank])
-        heldout = self.output / "heldout.jsonl"
-        trainer.ranks.gather(None)  # the main rank has cut the file off
-        self.before = list(read_groups(heldout, step=0))
-        self.after = list(read_groups(heldout, step=self.evaluated))
+        trainer.ranks.gather(None)  # the main rank has cut the files off
+        if self.evaluated >= 0:
+            heldout = self.output / "heldout.jsonl"
+            self.before = list(read_groups(heldout, step=0))
+            self.after = list(read_groups(heldout, step=self.evaluated))
 
     def find_checkpoint(self) -> Found | None:
-        """The newest checkpoint whose files are those that were written."""
-        for path in checkpoints(self.output / "checkpoints"):
+        """The newest checkpoint whose files are those that were written; None where there is none.
+
+        Raises ConfigError where none of them is whole: to start anew would wipe out the run.
+        """
+        paths = checkpoints(self.output / "checkpoints")
+        for path in paths:
             try:
                 state, rollout = read_state(path), read_rollout(path)
                 if state["needs_rollout"] and rollout is None:
                     raise DamagedCheckpoint(f"{path}: the rollout of its next step is not whole")
+                for name, size in state["logs"].items():
+                    if size_of(self.output / name) < size:
+                        raise DamagedCheckpoint(f"{path}: {name} is shorter than it was then")
                 return Found(path, state, rollout)
             except DamagedCheckpoint as damage:
                 print(f"warning: {damage}; going on from the one before", file=sys.stderr)
+        if paths:
+            raise ConfigError(
+                f"--resume {self.output}: none of its checkpoints is whole; to start anew from its "
+                "settings, give its config.toml to --config and another folder to --output"
+            )
         return None
 
     def measure_files(self) -> None:

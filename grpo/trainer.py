@@ -105,9 +105,6 @@ class Trainer:
         group_size = self.config.grpo.group_size
         mine, calls = self.sample(prompts, step, group_size)
         everyone = self.ranks.collect(mine, self.work_of(prompts, group_size))
-        if not self.config.rollout.keep_weights:
-            self.weights_changed()
-            let_go(self.policy)
         return Rollout(mine, calls, everyone)
 
     def go_on_with(self, everyone: list[Group]) -> Rollout:
@@ -198,6 +195,10 @@ class Trainer:
                 max_rows=rollout.max_rows,
             )
             completions = self.ranks.interruption.unless_asked(generate)
+            if not rollout.keep_weights:
+                del generator, generate
+                self.weights_changed()
+                let_go(self.policy)
         self.ranks.stop_if_asked()
         assert completions is not None  # or this rank was asked to stop
         groups = [Group(p, list(cs)) for p, cs in zip(prompts, completions, strict=True)]

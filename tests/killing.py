@@ -4,8 +4,9 @@
 
 A moment is a function and the number of its calls: right before that call the process gets a
 signal, SIGKILL or SIGTERM. Trials have one or two ranks, of which one gets it, and generate a step
-ahead or not. Each is stopped up to twice, resumed, and compared, byte for byte, with the run that
-nobody stopped. Prints a line per trial; exits with 1 if one differs or hangs.
+ahead, or make two updates on each rollout, or neither. Each is stopped up to twice, resumed, and
+compared, byte for byte, with the run that nobody stopped. Prints a line per trial; exits with 1 if
+one differs or hangs.
 """
 
 import importlib
@@ -25,7 +26,8 @@ SETTINGS = {
     "train.steps": 4,
     "grpo.prompts_per_step": 2,
     "grpo.group_size": 4,
-    "rollout.max_completion_tokens": 16,
+    "rollout.max_completion_tokens": 40,
+    "rollout.temperature": 2.0,
     "data.heldout_records": 2,
     "evaluation.every": 2,
     "checkpoint.every": 1,
@@ -56,6 +58,10 @@ MOMENTS_OF_MAIN = {
 }
 FILES = ("rollouts.jsonl", "heldout.jsonl", "policy/model.safetensors")
 NUMBERS = ("metrics.jsonl", "evaluations.jsonl")
+LATE = {
+    (signal.SIGTERM, "transformers:PreTrainedModel.save_pretrained"),
+    (signal.SIGTERM, "grpo.checkpoint:replace_folder"),
+}
 # What the other ranks may take to find out that one of them is gone.
 LONGEST_GRIEF = 60.0
 
@@ -78,23 +84,31 @@ def main(folder: Path, seed: int, trials: int) -> int:
 
     print(f"seed {seed}")
     generator = random.Random(seed)
-    failed = 0
+    failed = killed = 0
     # Each moment in turn, so that none is left out; the rest is drawn.
     moments = itertools.cycle([*MOMENTS, *MOMENTS_OF_MAIN])
     for trial in range(trials):
-        ranks, ahead = 1 + trial % 2, trial // 2 % 2
+        ranks, (ahead, updates) = 1 + trial % 2, ((0, 1), (1, 1), (0, 2))[trial // 2 % 3]
         arguments = [f"--{name}={value}" for name, value in {**SETTINGS, "seed": seed}.items()]
-        arguments.append(f"--rollout.ahead={ahead}")
-        whole, stopped = folder / f"whole-{ranks}-{ahead}", folder / f"trial-{trial}"
+        arguments += [f"--rollout.ahead={ahead}", f"--grpo.updates_per_rollout={updates}"]
+        whole, stopped = folder / f"whole-{ranks}-{ahead}-{updates}", folder / f"trial-{trial}"
         if not whole.exists():
             assert run([*arguments, f"--output={whole}"], ranks) == [0] * ranks
-        stops = [draw(next(moments), ranks, generator) for _ in range(1 + trial % 3 // 2)]
+            moved = [of_step["gradient_norm"] for of_step in numbers(whole / "metrics.jsonl", ())]
+            assert sum(norm > 0 for norm in moved) > 1, f"steps that move nothing: {moved}"
+        kind = signal.SIGTERM if trial % 5 == 4 else signal.SIGKILL
+        stops = [draw(next(moments), ranks, kind, generator) for _ in range(1 + trial % 3 // 2)]
         problems = []
         for stop in stops:
             resumes = stopped.exists()
             asked = [f"--resume={stopped}"] if resumes else [*arguments, f"--output={stopped}"]
             codes = run(asked, ranks, stop)
-            if not resumes and codes[stop.rank] not in (-stop.signal, 128 + stop.signal):
+            code = codes[stop.rank]
+            killed += code == -signal.SIGKILL
+            # Asked to end when all is done but the export, it is done; and the second time a run is
+            # stopped, less is left of it: the moment may not come.
+            may_end = resumes or (stop.signal, stop.moment) in LATE
+            if code not in (-stop.signal, 128 + stop.signal) and not (may_end and code == 0):
                 problems.append(f"the stopped rank ended with {codes}")
             if None in codes:
                 problems.append(f"a rank hung: {codes}")
@@ -104,15 +118,16 @@ def main(folder: Path, seed: int, trials: int) -> int:
             problems += differences(whole, stopped, ahead)
         failed += bool(problems)
         told = ", then ".join(map(str, stops))
-        print(f"{ranks} ranks, ahead {ahead}, {told}: {problems or 'the same'}", flush=True)
+        how = f"{ranks} ranks, ahead {ahead}, {updates} updates"
+        print(f"{how}, {told}: {problems or 'the same'}", flush=True)
+    print(f"killed {killed} times")
     return 1 if failed else 0
 
 
-def draw(moment: str, ranks: int, generator: random.Random) -> Stop:
+def draw(moment: str, ranks: int, kind: signal.Signals, generator: random.Random) -> Stop:
     """A stop at some call of a function."""
     calls = MOMENTS.get(moment, 0) // ranks or MOMENTS_OF_MAIN.get(moment, 0) or 1
     rank = generator.randrange(ranks) if moment in MOMENTS else 0
-    kind = generator.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
     return Stop(moment, generator.randint(1, calls), rank, kind)
 
 

@@ -20,7 +20,8 @@ SMALL = {
     "rollout.max_completion_tokens": 12,
     "data.heldout_records": 2,
     "checkpoint.every": 1,
-    "perm.format_failure": "judge",
+    "rollout.temperature": 2.0,
+    "reward": "tests.content_reward:content",
 }
 
 Running = Callable[..., int]
@@ -45,9 +46,13 @@ def small(output: Path, **settings: object) -> list[str]:
     return [f"--{name}={value}" for name, value in {**SMALL, "output": output, **settings}.items()]
 
 
-def steps_of(output: Path) -> list[int]:
+def metrics_of(output: Path) -> list[dict]:
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["step"] for line in lines]
+    return list(map(json.loads, lines))
+
+
+def steps_of(output: Path) -> list[int]:
+    return [of_step["step"] for of_step in metrics_of(output)]
 
 
 def test_a_disk_that_is_full_while_saving(
@@ -79,6 +84,7 @@ def test_a_disk_that_is_full_while_saving(
     monkeypatch.setattr(checkpoint, "write_synced", original)
     assert running(f"--resume={output}") == 0
     assert running(*small(whole)) == 0
+    assert min(of_step["gradient_norm"] for of_step in metrics_of(whole)) > 0
     name = "policy/model.safetensors"
     assert (output / name).read_bytes() == (whole / name).read_bytes()
     assert steps_of(output) == [1, 2, 3]
@@ -113,13 +119,16 @@ def test_updates_that_are_not_finite_stop_the_run(
 
     monkeypatch.setattr(Trainer, "begin_rollout", begin)
     # The ratio is to what was recorded then.
-    arguments = small(output, **{"rollout.ahead": 1, "train.steps": 5, "train.max_skipped": 2})
+    arguments = small(
+        output,
+        **{"rollout.ahead": 1, "train.steps": 5, "train.max_skipped": 2, "checkpoint.keep": 3},
+    )
     assert running(*arguments) == 1
     assert "2 updates in a row, the last in step 3, had a loss or gradient that is not finite" in (
         capsys.readouterr().err
     )
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["skipped"] for line in lines] == [0, 1, 1]
+    assert [of_step["skipped"] for of_step in metrics_of(output)] == [0, 1, 1]
+    assert metrics_of(output)[0]["gradient_norm"] > 0
     rollouts = (output / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in rollouts] == [1, 1, 2, 2, 3, 3]
 
@@ -127,7 +136,7 @@ def test_updates_that_are_not_finite_stop_the_run(
         folder = output / "checkpoints" / f"step-{step:06d}"
         return [path.read_bytes() for path in sorted(folder.glob("*.distcp"))]
 
-    assert tensors(2) == tensors(3)  # nothing has moved
+    assert tensors(1) == tensors(2) == tensors(3)
     assert (output / "checkpoints" / "step-000003").is_dir()
 
 
@@ -163,3 +172,62 @@ def test_a_signal_saves_what_was_sampled_too(
     assert running(*small(whole)) == 0
     for name in ("policy/model.safetensors", "rollouts.jsonl", "heldout.jsonl"):
         assert (output / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_signal_in_the_first_evaluation(
+    tmp_path: Path, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the reward function too, which may take any Exception for a fault of its own."""
+    output, whole = tmp_path / "run", tmp_path / "whole"
+    from tests import content_reward
+
+    original = content_reward.content
+
+    def interrupted(**columns: list) -> list[float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(**columns)
+
+    monkeypatch.setattr(content_reward, "content", interrupted)
+    assert running(*small(output)) == 128 + signal.SIGTERM
+    monkeypatch.setattr(content_reward, "content", original)
+    assert running(f"--resume={output}") == 0
+    assert running(*small(whole)) == 0
+    for name in ("policy/model.safetensors", "rollouts.jsonl", "heldout.jsonl"):
+        assert (output / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_checkpoint_between_two_passes_has_the_trained_weights(
+    tmp_path: Path, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a pass without gradient FSDP2 leaves embeddings and head gathered, in bfloat16."""
+    settings = {"grpo.updates_per_rollout": 2, "checkpoint.every": 0}
+    output, whole = tmp_path / "run", tmp_path / "whole"
+    original, calls = Trainer.remember_old, []
+
+    def interrupted(self: Trainer) -> None:
+        original(self)
+        calls.append(None)
+        if len(calls) == 2:  # so that the weights have moved, and the optimiser has moments
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "remember_old", interrupted)
+    assert running(*small(output, **settings)) == 128 + signal.SIGTERM
+    monkeypatch.setattr(Trainer, "remember_old", original)
+    assert running(f"--resume={output}") == 0
+    assert running(*small(whole, **settings)) == 0
+    for name in ("policy/model.safetensors", "rollouts.jsonl"):
+        assert (output / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_wiped_out(
+    tmp_path: Path, running: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert running(*small(output)) == 0
+    before = {path: path.read_bytes() for path in output.glob("*.jsonl")}
+    for folder in (output / "checkpoints").iterdir():
+        (folder / "run.json").unlink()
+    capsys.readouterr()
+    assert running(f"--resume={output}") == 2
+    assert "none of its checkpoints is whole" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in output.glob("*.jsonl")}

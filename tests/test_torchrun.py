@@ -19,6 +19,7 @@ SETTINGS = {
     "grpo.prompts_per_step": 2,
     "grpo.group_size": 4,
     "rollout.max_completion_tokens": 12,
+    "rollout.temperature": 2.0,
     "data.heldout_records": 2,
     "checkpoint.every": 1,
 }
@@ -35,7 +36,7 @@ def lengths(completions, completion_ids, **columns):
     if os.environ["RANK"] == "1" and calls == 3 and not died.exists():
         died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return [len(ids) % 3 / 3 for ids in completion_ids]
+    return [sum(ids) % 97 / 97 for ids in completion_ids]
 """
 
 
