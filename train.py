@@ -40,7 +40,7 @@ from grpo.sharding import frozen_copy, shard
 from grpo.summary import summary
 from grpo.trainer import Trainer
 from perm_reward import JudgeConfig, PermReward, RewardConfig, Seeker, make_judge, policy_messages
-from perm_reward.estimate import estimate
+from perm_reward.estimate import estimate, in_money
 from perm_reward.panel import Panel
 from perm_reward.rubrics import ROLES
 from perm_reward.spending import Spending
@@ -48,7 +48,6 @@ from perm_reward.store_service import RemoteStore, serve_store, socket_path
 from perm_reward.verdict_store import StoreError, VerdictStore
 
 RUN_FILES = (
-    "config.toml",
     "metrics.jsonl",
     "rollouts.jsonl",
     "heldout.jsonl",
@@ -189,9 +188,10 @@ def train(config: RunConfig, ranks: Ranks, resume: bool = False) -> None:
         held.enter_context(ranks.interruption.listening(run.last_words))
         if resume:
             run.resume()
+            run.write(lambda: keep_settings(config, output))
         run.take_steps()
         if spending and spending.spent:
-            run.remarks.append(f"judges cost      {spending.spent:,.2f}")
+            run.remarks.append(f"judges cost      {in_money(spending.spent)}")
         generator = trainer.generator
         if ranks.is_main:
             export_policy(generator, policy.tokenizer, policy.stop_ids, output / "policy")
@@ -335,7 +335,7 @@ def plan_spending(
     if not spending.allows(at_least):
         raise ConfigError(
             f"judge.budget = {judge.budget:g}: one step and an evaluation before and after it may "
-            f"cost {at_least * cost.money / completions:,.2f}; raise it, or lower "
+            f"cost {in_money(at_least * cost.money / completions)}; raise it, or lower "
             "data.heldout_records or grpo.prompts_per_step"
         )
     return spending
@@ -382,9 +382,8 @@ def open_output(config: RunConfig, ranks: Ranks, resume: bool) -> Iterator[Path]
                 try:
                     output.mkdir(parents=True, exist_ok=True)
                     held.enter_context(locked(output / "lock"))
-                    aside = output / "config.toml.partial"
-                    write_synced(aside, to_toml(config))
-                    os.replace(aside, output / "config.toml")
+                    if not resume:  # else once it is sure that the run can go on with them
+                        keep_settings(config, output)
                 except BlockingIOError as error:
                     raise ConfigError(
                         f"output = {output}: another process works on this run; wait for its end"
@@ -393,6 +392,13 @@ def open_output(config: RunConfig, ranks: Ranks, resume: bool) -> Iterator[Path]
                     why = error.strerror
                     raise ConfigError(f"output = {output}: cannot be written ({why})") from error
         yield output
+
+
+def keep_settings(config: RunConfig, output: Path) -> None:
+    """Write the run's settings into its folder. Raises OSError; what was there stays then."""
+    aside = output / "config.toml.partial"
+    write_synced(aside, to_toml(config))
+    os.replace(aside, output / "config.toml")
 
 
 @contextmanager

@@ -111,8 +111,9 @@ class Run:
             self.take_steps_that_are_left()
         except NotSaved:
             raise
-        except (RunStopped, Interrupted, ConfigError):  # all ranks have it
-            self.save(with_rollout=True)
+        except (RunStopped, Interrupted, ConfigError) as error:  # all ranks have it
+            if self.done or not isinstance(error, ConfigError):
+                self.save(with_rollout=True)
             raise
 
     def take_steps_that_are_left(self) -> None:
@@ -138,7 +139,8 @@ class Run:
                 ranks.stop_if_asked()
                 if self.done < steps and not is_paid:
                     where = f"before step {self.done + 1} of {steps}"
-                    self.remarks.append(f"stopped          {where}: {self.budget}")
+                    how = f"go on with more: --resume {self.output}"
+                    self.remarks.append(f"stopped          {where}: {self.budget}; {how}")
                 if is_last:
                     break
                 metrics = self.take_step()

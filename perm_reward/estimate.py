@@ -26,7 +26,7 @@ class Estimate:
     def __str__(self) -> str:
         tokens = f"{in_short(self.prompt_tokens)} tokens of prompts and "
         words = f"at most {self.calls:,} calls, about {tokens}{in_short(self.completion_tokens)}"
-        return f"{words} of replies" + (f": {self.money:,.2f} in money" if self.money else "")
+        return f"{words} of replies" + (f": {in_money(self.money)} in money" if self.money else "")
 
 
 def estimate(
@@ -58,6 +58,11 @@ def prompt_length(role: str, seekers: Sequence[Seeker], rubrics: dict[str, Rubri
         for seeker in seekers
     ]
     return fmean(characters) / CHARACTERS_PER_TOKEN
+
+
+def in_money(amount: float) -> str:
+    """An amount with two digits after the point, or (below 1) two that say something."""
+    return f"{amount:,.2f}" if amount >= 1 or not amount else f"{amount:.2g}"
 
 
 def in_short(number: int) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from perm_reward.estimate import in_money
 from perm_reward.reward import PermReward
 from perm_reward.verdict_store import now
 
@@ -79,7 +80,9 @@ class Spending:
         self.spent = total_money(self._earlier)
 
     def __str__(self) -> str:
-        return f"{self.spent:,.2f} of judge.budget = {self._budget:g} spent"
+        each = in_money(self._per_completion)
+        spent = f"{in_money(self.spent)} of judge.budget = {self._budget:g} spent"
+        return f"{spent}, and a completion may cost {each}"
 
 
 def total_money(costs: Mapping[str, float]) -> float:

@@ -231,3 +231,30 @@ def test_where_no_checkpoint_is_whole_nothing_is_wiped_out(
     assert running(f"--resume={output}") == 2
     assert "none of its checkpoints is whole" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in output.glob("*.jsonl")}
+
+
+def test_settings_that_a_run_cannot_go_on_with_are_not_kept(
+    tmp_path: Path, running: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert running(*small(output)) == 0
+    before = (output / "config.toml").read_bytes()
+    assert running(f"--resume={output}", "--policy.lora_rank=8", "--train.steps=4") == 2
+    assert "policy.lora_rank" in capsys.readouterr().err
+    assert (output / "config.toml").read_bytes() == before
+    assert running(f"--resume={output}", "--train.steps=4") == 0
+    assert steps_of(output) == [1, 2, 3, 4]
+    assert b"steps = 4" in (output / "config.toml").read_bytes()
+
+
+def test_a_start_that_failed_leaves_no_run(
+    tmp_path: Path, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The corrected command is taken: a reward of one's own seldom works at the first try."""
+    from tests import content_reward
+
+    original = content_reward.content
+    monkeypatch.setattr(content_reward, "content", lambda **columns: 1 / 0)
+    assert running(*small(tmp_path / "run")) == 2
+    monkeypatch.setattr(content_reward, "content", original)
+    assert running(*small(tmp_path / "run")) == 0

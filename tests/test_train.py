@@ -406,7 +406,7 @@ def test_torchrun_goes_on_with_a_run_that_it_starts_again(
 def test_a_run_folder_is_not_written_over(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit):
         run(monkeypatch, tmp_path)
     assert "holds a run already" in capsys.readouterr().err
@@ -427,7 +427,7 @@ train.main()
 @pytest.mark.parametrize("found_by", ["both", "rank 0", "rank 1"])
 def test_under_torchrun_the_line_is_printed_once(tmp_path: Path, found_by: str) -> None:
     """A missing file is found by both ranks, a taken folder by rank 0: one line either way."""
-    (tmp_path / "config.toml").write_text("")
+    (tmp_path / "metrics.jsonl").write_text("")
     no_data, taken = f"--data.train={tmp_path / 'none.jsonl'}", f"--output={tmp_path}"
     arguments = {
         "both": [str(ROOT / "train.py"), no_data],
