@@ -30,7 +30,7 @@ def killings(folder: Path, trials: int) -> str:
         [*command, str(fresh_seed()), str(trials)],
         capture_output=True,
         text=True,
-        timeout=1500,
+        timeout=2700,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
