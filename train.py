@@ -86,10 +86,11 @@ def main() -> None:
         config, resume = read_command_line(sys.argv[1:])
         hybrid = config.policy.sharding == "hybrid"
         with start_ranks(pick_device(config.policy.device), hybrid=hybrid) as ranks:
-            # One clock names the run; a node that torchrun has replaced goes on with the others.
             told = ranks.gather((config, resume))
-            resume = any(resumes for _, resumes in told)
-            config = next(of_rank for of_rank, resumes in told if resumes == resume)
+            going_on = [of_rank for of_rank, resumes in told if resumes]
+            if going_on and not resume:  # on a node that torchrun has put in another's place
+                config, resume = going_on[0], True
+            config.output = (going_on or [told[0][0]])[0].output  # one clock names it
             train(config, ranks, resume)
     except ConfigError as error:
         # Rank 0 speaks for all; where RANK stands alone in the environment there is nobody else.
