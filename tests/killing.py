@@ -96,7 +96,7 @@ def main(folder: Path, seed: int, trials: int) -> int:
             assert run([*arguments, f"--output={whole}"], ranks) == [0] * ranks
             moved = [of_step["gradient_norm"] for of_step in numbers(whole / "metrics.jsonl", ())]
             assert sum(norm > 0 for norm in moved) > 1, f"steps that move nothing: {moved}"
-        kind = signal.SIGTERM if trial % 5 == 4 else signal.SIGKILL
+        kind = signal.SIGTERM if trial % 10 == 4 else signal.SIGKILL
         stops = [draw(next(moments), ranks, kind, generator) for _ in range(1 + trial % 3 // 2)]
         problems = []
         for stop in stops:
